@@ -82,7 +82,7 @@ def triangulate(
     found = StereoPoints.of(np.asarray(left, np.float64), np.asarray(right, np.float64), camera)
     x, y, inverse_depth = found.points
     spread = found.inverse_depth_sigmas() * pixel_sigmas
-    known = found.deep & (inverse_depth > _FROM_INFINITY * spread)
+    known = found.has_depth & (inverse_depth > _FROM_INFINITY * spread)
     inverse_depth = np.where(known, inverse_depth, np.nan)
     rays = np.stack([x, y, np.ones_like(x)], axis=1)
     sigmas = np.linalg.norm(rays, axis=1) * spread / inverse_depth**2

@@ -204,7 +204,7 @@ INLINE int follow(const Level *image0, const Level *image1, float x, float y, in
 /* Follow points (T, 2) of one image into another, from a start (T, 2), which is replaced by the positions found.
  *
  * Each image is a pyramid: the addresses of its levels, the largest first. The sides (L, 2) of the levels are the same
- * for both images. Windows have a side of 13 or 21. `found` (T,) tells whether a point was found.
+ * for both images. Windows have a side of 13 or 21. `found` (T,) is whether a point was found.
  */
 FOR_EACH_PROCESSOR
 void kpmatch_follow(int64_t levels, const int64_t *sides, const uint8_t *const *pyramid0,

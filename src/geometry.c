@@ -44,7 +44,7 @@ enum {
 #define FINE 2 /* pixels of the given image, per pixel of points and shapes */
 #define BLUR 0.5f
 #define WIDEST 2.0f
-#define ALIKE 0.82f
+#define LOWEST_CORRELATION 0.82f
 #define LARGEST_SCALE 3.0f
 #define LEAST_CONTRAST 0.1f
 #define LARGEST_GAIN 2.0f
@@ -83,8 +83,8 @@ INLINE float interpolated(const Image *image, float x, float y)
 }
 
 /* Weighted pixels of the image at the first `count` places (2, USED) of a patch at a point, with a shape (2, 2). */
-INLINE void look(const Image *image, const float *point, const float *shape, const float *places,
-                 const float *restrict weights, int count, float *seen)
+INLINE void sample_patch(const Image *image, const float *point, const float *shape, const float *places,
+                         const float *restrict weights, int count, float *seen)
 {
     const float x0 = FINE * point[0], xx = FINE * shape[0], xy = FINE * shape[1];
     const float y0 = FINE * point[1], yx = FINE * shape[2], yy = FINE * shape[3];
@@ -227,13 +227,13 @@ INLINE void deform(float *shape, const float *step)
 }
 
 INLINE void align_one(const float *patch, const Image *image, const float *places, int shifts, float *point,
-                      float *shape, float *sigma, float *likeness, uint8_t *good)
+                      float *shape, float *sigma, float *correlation, uint8_t *good)
 {
     const float start[2] = {point[0], point[1]}, *weights = patch + WEIGHTS;
     const float few = counted(patch, FEW), count = counted(patch, USED);
     float seen[USED], equations[AFFINE], step[6], narrower = 0, moved = 0;
     for (int i = 0; i < shifts; i++) {
-        look(image, point, shape, places, weights, FEW, seen);
+        sample_patch(image, point, shape, places, weights, FEW, seen);
         shift_step(patch, few, seen, step);
         move(point, shape, step[0], step[1]);
     }
@@ -244,7 +244,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
             equations[i] = patch[EQUATIONS + i];
         sharpen(equations, narrower);
         for (int i = 0; i < ITERATIONS; i++) {
-            look(image, point, shape, places, weights, USED, seen);
+            sample_patch(image, point, shape, places, weights, USED, seen);
             affine_step(patch, count, equations, seen, places, deformed, step);
             for (int k = 0; k < 6; k++)
                 deformed[k] += k % 3 ? step[k] : 0;
@@ -256,7 +256,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
                 break;
         }
     }
-    look(image, point, shape, places, weights, USED, seen);
+    sample_patch(image, point, shape, places, weights, USED, seen);
     const float *own = patch, *laplacian = patch + 3 * USED;
     float sum = 0, squares = 0, product = 0;
 #pragma omp simd reduction(+ : sum, squares, product)
@@ -266,7 +266,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
         product += seen[i] * (own[i] - narrower * laplacian[i]);
     }
     const float contrast = equations[CONTRAST], power = power_of(sum, squares, count), gain = gain_of(power, contrast);
-    *likeness = clip(product / sqrtf(power * contrast), 0, 1);
+    *correlation = clip(product / sqrtf(power * contrast), 0, 1);
     const float residue = at_least(gain * gain * power - 2 * gain * product + contrast, 0);
     *sigma = SIGMA_FLOOR + SIGMA_GROWTH * (residue / count) * (equations[0] + equations[21]) / 2;
 
@@ -274,7 +274,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
     const float wide = fabsf(shape[0]) + fabsf(shape[1]), high = fabsf(shape[2]) + fabsf(shape[3]);
     const float area = shape[0] * shape[3] - shape[1] * shape[2];
     /* Each comparison is false for NaN. */
-    *good = sqrtf(x * x + y * y) < LONGEST_STEP && *likeness > ALIKE &&
+    *good = sqrtf(x * x + y * y) < LONGEST_STEP && *correlation > LOWEST_CORRELATION &&
             moved < LAST_STEP && wide < LARGEST_SCALE && high < LARGEST_SCALE &&
             area > 1 / (LARGEST_SCALE * LARGEST_SCALE) && point[0] >= 1 && point[1] >= 1 &&
             point[0] < (float)image->width / FINE - 2 && point[1] < (float)image->height / FINE - 2;
@@ -283,13 +283,13 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
 /* Find T patches (T, PATCH) in an image. Points (T, 2) and shapes (T, 2, 2) are the start, and then the result. */
 FOR_EACH_PROCESSOR
 void kpmatch_align(int64_t count, const float *patches, int64_t height, int64_t width, const float *pixels,
-                   const float *places, int32_t shifts, float *points, float *shapes, float *sigmas, float *likeness,
+                   const float *places, int32_t shifts, float *points, float *shapes, float *sigmas, float *correlation,
                    uint8_t *good)
 {
     const Image image = {pixels, (ptrdiff_t)height, (ptrdiff_t)width};
     for (int64_t i = 0; i < count; i++)
-        align_one(patches + i * PATCH, &image, places, shifts, points + 2 * i, shapes + 4 * i, sigmas + i, likeness + i,
-                  good + i);
+        align_one(patches + i * PATCH, &image, places, shifts, points + 2 * i, shapes + 4 * i, sigmas + i,
+                  correlation + i, good + i);
 }
 
 INLINE float product(const float *restrict one, const float *restrict other, int count)
@@ -385,7 +385,7 @@ INLINE void affine_equations(const float *patch, float count, const float *place
 }
 
 /* Pixels (WIDE, WIDE) around a point. */
-INLINE void look_around(const Image *image, const float *point, float *pixels)
+INLINE void sample_surroundings(const Image *image, const float *point, float *pixels)
 {
     const float x = FINE * (point[0] - WIDE / 2), y = FINE * (point[1] - WIDE / 2);
     if (x >= 0 && y >= 0 && x + FINE * WIDE < (float)image->width && y + FINE * WIDE < (float)image->height) {
@@ -412,7 +412,7 @@ INLINE void cut_one(const Image *image, const float *point, const float *places,
     float *weights = patch + WEIGHTS;
     const float left = 1 - point[0], right = (float)image->width / FINE - 2 - point[0];
     const float above = 1 - point[1], below = (float)image->height / FINE - 2 - point[1];
-    look_around(image, point, pixels);
+    sample_surroundings(image, point, pixels);
     for (int i = 0; i < USED; i++) {
         const float *here = pixels + ((int)places[USED + i] + WIDE / 2) * WIDE + (int)places[i] + WIDE / 2;
         const float x = places[i], y = places[USED + i];

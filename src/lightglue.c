@@ -152,7 +152,7 @@ INLINE float weigh(float *similarities, int64_t count, int64_t rows, float scale
 }
 
 /* Messages of one head from a source to rows of a target. */
-static void listen(const Thread *thread, const Heads *to, const Heads *from, int64_t count, int64_t head,
+static void attend(const Thread *thread, const Heads *to, const Heads *from, int64_t count, int64_t head,
                    uint16_t *message, int64_t first)
 {
     const int64_t size = thread->layer->size, width = size / thread->layer->heads, rows = whole(count, ROWS);
@@ -217,7 +217,7 @@ static void feed_forward(const Thread *thread, const Half *half, int64_t count, 
 }
 
 /* Rounded states at the input of the layer; 0 for the rows of a block beyond its points. */
-static void enter(const Thread *thread, const Points *points, uint16_t *rounded, int64_t first)
+static void load_states(const Thread *thread, const Points *points, uint16_t *rounded, int64_t first)
 {
     const int64_t size = thread->layer->size;
     for (int64_t row = first; row < first + ROWS; row++)
@@ -256,7 +256,7 @@ static void run_thread(const void *job, Team *team, int64_t number)
     for (int i = 0; i < 2; i++) {
         const Span rows = rows_of(layer, team, number, i, ROWS);
         for (int64_t first = rows.first; first < rows.end; first += ROWS) {
-            enter(thread, &layer->points[i], images[i].rounded, first);
+            load_states(thread, &layer->points[i], images[i].rounded, first);
             project(thread, &layer->within, &layer->points[i], images[i].rounded + first * layer->size,
                     &images[i].within, first);
         }
@@ -269,7 +269,7 @@ static void run_thread(const void *job, Team *team, int64_t number)
         const Span rows = rows_of(layer, team, number, i, ROWS);
         for (int64_t head = 0; head < layer->heads; head++)
             for (int64_t first = rows.first; first < rows.end; first += ROWS)
-                listen(thread, &image->within, &image->within, points->count, head, image->message, first);
+                attend(thread, &image->within, &image->within, points->count, head, image->message, first);
         for (int64_t first = rows.first; first < rows.end; first += ROWS) {
             feed_forward(thread, &layer->within, points->count, points->x, image->rounded, image->message,
                          points->out, first);
@@ -284,7 +284,7 @@ static void run_thread(const void *job, Team *team, int64_t number)
         const Span rows = rows_of(layer, team, number, i, ROWS);
         for (int64_t head = 0; head < layer->heads; head++)
             for (int64_t first = rows.first; first < rows.end; first += ROWS)
-                listen(thread, &image->across, &images[1 - i].across, layer->points[1 - i].count, head,
+                attend(thread, &image->across, &images[1 - i].across, layer->points[1 - i].count, head,
                        image->message, first);
         for (int64_t first = rows.first; first < rows.end; first += ROWS)
             feed_forward(thread, &layer->across, points->count, points->out, image->rounded, image->message,

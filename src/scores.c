@@ -1,6 +1,6 @@
 /* The last steps of the networks, compiled for x86-64 with AVX2: SuperPoint's scores, and LightGlue's assignment.
  *
- * They use float32 for any precision of the networks, because half precision cannot tell the best two scores apart.
+ * They use float32 for any precision of the networks, because half precision cannot distinguish the best two scores.
  * test/test_compiled_scores.py compares the results with PyTorch.
  */
 #include "avx2.h"

@@ -53,18 +53,18 @@ INLINE void whiten(const Whitening *white, float *residual)
     residual[0] *= white->xx;
 }
 
-/* 1/z (T,) of points by least squares, with a prior (T,) of given information (T,); also the information (T,). */
+/* 1/z (T,) of points by least squares with a prior (T,) and its information (T,); also the information (T,) of both. */
 FOR_EACH_PROCESSOR
 void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, const float *sights, int64_t reference,
-                         const float *prior, const float *information, float *inverse, float *known)
+                         const float *prior, const float *prior_information, float *inverse, float *information)
 {
     for (int64_t from = 0; from < count; from += BLOCK) {
         const ptrdiff_t n = block_size(count, from);
         const float *restrict x = sights + SIGHT * reference * count + from, *restrict y = x + count;
-        float top[BLOCK], bottom[BLOCK];
+        float weighted[BLOCK], total[BLOCK];
         for (ptrdiff_t i = 0; i < n; i++) {
-            top[i] = prior[from + i] * information[from + i];
-            bottom[i] = information[from + i];
+            weighted[i] = prior[from + i] * prior_information[from + i];
+            total[i] = prior_information[from + i];
         }
         for (int64_t f = 0; f < frames; f++) {
             const float *r = cameras + 12 * f, *t = r + 9;
@@ -79,13 +79,13 @@ void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, co
                 apart[1] = seen_y * z - (r[3] * x[i] + r[4] * y[i] + r[5]);
                 whiten(&white, along);
                 whiten(&white, apart);
-                top[i] += along[0] * apart[0] + along[1] * apart[1];
-                bottom[i] += along[0] * along[0] + along[1] * along[1];
+                weighted[i] += along[0] * apart[0] + along[1] * apart[1];
+                total[i] += along[0] * along[0] + along[1] * along[1];
             }
         }
         for (ptrdiff_t i = 0; i < n; i++) {
-            inverse[from + i] = top[i] / at_least(bottom[i], TINY);
-            known[from + i] = bottom[i];
+            inverse[from + i] = weighted[i] / at_least(total[i], TINY);
+            information[from + i] = total[i];
         }
     }
 }
@@ -142,13 +142,13 @@ INLINE void invert(float (*upper)[BLOCK], ptrdiff_t n)
         const float d = upper[3][i], e = upper[4][i], f = upper[5][i];
         const float aa = d * f - e * e, ab = c * e - b * f, ac = b * e - c * d;
         const float determinant = a * aa + b * ab + c * ac;
-        const float known = determinant > ROUNDING * a * d * f ? 1.0f : 0.0f, divisor = known > 0 ? determinant : 1;
-        upper[0][i] = known > 0 ? aa / divisor : 0;
-        upper[1][i] = known > 0 ? ab / divisor : 0;
-        upper[2][i] = known > 0 ? ac / divisor : 0;
-        upper[3][i] = known > 0 ? (a * f - c * c) / divisor : 0;
-        upper[4][i] = known > 0 ? (b * c - a * e) / divisor : 0;
-        upper[5][i] = known > 0 ? (a * d - b * b) / divisor : 0;
+        const float regular = determinant > ROUNDING * a * d * f ? 1.0f : 0.0f, divisor = regular > 0 ? determinant : 1;
+        upper[0][i] = regular > 0 ? aa / divisor : 0;
+        upper[1][i] = regular > 0 ? ab / divisor : 0;
+        upper[2][i] = regular > 0 ? ac / divisor : 0;
+        upper[3][i] = regular > 0 ? (a * f - c * c) / divisor : 0;
+        upper[4][i] = regular > 0 ? (b * c - a * e) / divisor : 0;
+        upper[5][i] = regular > 0 ? (a * d - b * b) / divisor : 0;
     }
 }
 
@@ -234,18 +234,18 @@ INLINE void by_motion(const Sight *s, float inverse, float (*moves)[MOTION])
 /* Normal equations of the last camera's motion (6, 6) and (6,), with the points (3, T) eliminated.
  *
  * Points with a mean square that is large compared to the cutoff have less weight. The joint step of the points is
- * steps (3, T) minus carried (3, 6, T) times the motion's step.
+ * steps (3, T) minus coupling (3, 6, T) times the motion's step.
  */
 FOR_EACH_PROCESSOR
 void kpmatch_motion_equations(int64_t frames, int64_t count, const float *cameras, const float *sights,
-                              const float *landmarks, double cutoff, double *whole, double *slope, float *steps,
-                              float *carried)
+                              const float *landmarks, double cutoff, double *hessian, double *gradient, float *steps,
+                              float *coupling)
 {
     Normal sums;
     for (int k = 0; k < MOTION * MOTION; k++)
-        whole[k] = 0;
+        hessian[k] = 0;
     for (int k = 0; k < MOTION; k++)
-        slope[k] = 0;
+        gradient[k] = 0;
     const float *last = cameras + 12 * (frames - 1), *rays = sights + SIGHT * (frames - 1) * count;
     for (int64_t from = 0; from < count; from += BLOCK) {
         const ptrdiff_t n = block_size(count, from);
@@ -254,22 +254,22 @@ void kpmatch_motion_equations(int64_t frames, int64_t count, const float *camera
             const int64_t t = from + i;
             const float inverse = landmarks[2 * count + t];
             const Sight s = sight(last, landmarks[t], landmarks[count + t], inverse, rays + t, count);
-            const float gradient[3] = {sums.gradient[0][i], sums.gradient[1][i], sums.gradient[2][i]};
+            const float point_gradient[3] = {sums.gradient[0][i], sums.gradient[1][i], sums.gradient[2][i]};
             const double part = 1 + sums.squares[i] / (cutoff * (2 * sums.seen[i] - 3));
             /* A point fitted behind a camera has no inverse matrix, and no weight for the motion. */
             const double weight = sums.inverse[0][i] > 0 ? 1 / (part * part) : 0;
             float moves[2][MOTION], mixed[3][MOTION], own[3];
-            double turned[3][MOTION]; /* the inverse times mixed */
+            double products[3][MOTION]; /* the inverse times mixed */
             by_motion(&s, inverse, moves);
-            solve(&sums, i, gradient, own);
+            solve(&sums, i, point_gradient, own);
             for (int c = 0; c < MOTION; c++) {
                 float column[3], solution[3];
                 for (int a = 0; a < 3; a++)
                     column[a] = mixed[a][c] = s.jacobian[a][0] * moves[0][c] + s.jacobian[a][1] * moves[1][c];
                 solve(&sums, i, column, solution);
                 for (int a = 0; a < 3; a++) {
-                    turned[a][c] = solution[a];
-                    carried[(MOTION * a + c) * count + t] = solution[a];
+                    products[a][c] = solution[a];
+                    coupling[(MOTION * a + c) * count + t] = solution[a];
                 }
             }
             for (int a = 0; a < 3; a++)
@@ -277,13 +277,13 @@ void kpmatch_motion_equations(int64_t frames, int64_t count, const float *camera
             for (int c = 0; c < MOTION; c++) {
                 double sum = (double)moves[0][c] * s.residual[0] + (double)moves[1][c] * s.residual[1];
                 for (int a = 0; a < 3; a++)
-                    sum -= turned[a][c] * gradient[a];
-                slope[c] += weight * sum;
+                    sum -= products[a][c] * point_gradient[a];
+                gradient[c] += weight * sum;
                 for (int d = 0; d < MOTION; d++) {
                     double entry = (double)moves[0][c] * moves[0][d] + (double)moves[1][c] * moves[1][d];
                     for (int a = 0; a < 3; a++)
-                        entry -= mixed[a][c] * turned[a][d];
-                    whole[MOTION * c + d] += weight * entry;
+                        entry -= mixed[a][c] * products[a][d];
+                    hessian[MOTION * c + d] += weight * entry;
                 }
             }
         }

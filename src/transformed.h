@@ -47,7 +47,7 @@ INLINE void NAME(restore)(const Vector *m, int step, Vector *y, int y_step)
 }
 
 /* The transform of a tile, from pointers to the first pixel of each row. */
-INLINE void NAME(look)(const float *const *rows, int64_t inputs, int64_t plane, float *seen)
+INLINE void NAME(transform_tile)(const float *const *rows, int64_t inputs, int64_t plane, float *seen)
 {
     for (int64_t c = 0; c < inputs; c += WIDTH) {
         Vector d[TILE * TILE];
@@ -157,7 +157,7 @@ static void NAME(convolve)(const Convolution *convolution, const Lines *lines, i
             const float *pixels[TILE];
             for (int j = 0; j < TILE; j++)
                 pixels[j] = line(lines, first + y - 1 + j) + x * inputs;
-            NAME(look)(pixels, inputs, plane, seen + i * inputs);
+            NAME(transform_tile)(pixels, inputs, plane, seen + i * inputs);
         }
         for (int p = 0; p < TILE * TILE; p++)
             for (int64_t n = 0; n < outputs;) {

@@ -36,7 +36,8 @@ INLINE void evaluate_turn(const Matches *matches, ptrdiff_t from, ptrdiff_t size
 }
 
 /* One Gauss-Newton step of refine_turns for one rotation. Returns 0 if its equations are singular. */
-INLINE int refine_turn(const Matches *matches, double *rotation, const double *shift, double cutoff, double trust)
+INLINE int refine_turn(const Matches *matches, double *rotation, const double *shift, double cutoff,
+                       double prior_information)
 {
     double xx = 0, xy = 0, xz = 0, yy = 0, yz = 0, zz = 0, gx = 0, gy = 0, gz = 0;
     for (ptrdiff_t from = 0; from < matches->count; from += BLOCK) {
@@ -47,19 +48,19 @@ INLINE int refine_turn(const Matches *matches, double *rotation, const double *s
 #pragma omp simd reduction(+ : xx, xy, xz, yy, yz, zz, gx, gy, gz)
         for (ptrdiff_t i = 0; i < size; i++) {
             const double share = found.residuals[i] / cutoff, rest = at_least(1 - share * share, 0);
-            const double weight = rest * rest, pull = weight * found.residuals[i];
+            const double weight = rest * rest, weighted = weight * found.residuals[i];
             xx += weight * x[i] * x[i];
             xy += weight * x[i] * y[i];
             xz += weight * x[i] * z[i];
             yy += weight * y[i] * y[i];
             yz += weight * y[i] * z[i];
             zz += weight * z[i] * z[i];
-            gx += pull * x[i];
-            gy += pull * y[i];
-            gz += pull * z[i];
+            gx += weighted * x[i];
+            gy += weighted * y[i];
+            gz += weighted * z[i];
         }
     }
-    const double least = 1e-14 * (xx + yy + zz), diagonal = at_least(trust, least); /* _NOT_LOST */
+    const double least = 1e-14 * (xx + yy + zz), diagonal = at_least(prior_information, least); /* _ABOVE_ROUNDING */
     double hessian[9] = {xx + diagonal, xy, xz, xy, yy + diagonal, yz, xz, yz, zz + diagonal};
     double step[3] = {-gx, -gy, -gz};
     if (!solve(3, hessian, step))
@@ -70,15 +71,16 @@ INLINE int refine_turn(const Matches *matches, double *rotation, const double *s
 
 /* refine_turns: rotations (k, 3, 3) in place, and residuals (k, n). Returns 0 if a system is singular. */
 FOR_EACH_PROCESSOR
-int32_t kpmatch_refine_turns(int64_t count, const double *columns, int64_t steps, const double *cutoffs, double trust,
-                             int64_t motions, double *turns, const double *shifts, double *residuals)
+int32_t kpmatch_refine_turns(int64_t count, const double *columns, int64_t steps, const double *cutoffs,
+                             double prior_information, int64_t motions, double *turns, const double *shifts,
+                             double *residuals)
 {
     const Matches matches = matches_at(count, columns);
     for (int64_t k = 0; k < motions; k++) {
         double *rotation = turns + 9 * k;
         const double *shift = shifts + 3 * k;
         for (int64_t i = 0; i < steps; i++)
-            if (!refine_turn(&matches, rotation, shift, cutoffs[i], trust))
+            if (!refine_turn(&matches, rotation, shift, cutoffs[i], prior_information))
                 return 0;
         for (ptrdiff_t from = 0; from < matches.count; from += BLOCK) {
             const ptrdiff_t size = block_size(&matches, from);

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kpmatch_ros.bags import BagWriter, read_messages
 from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.geometry.blur import blurred_alike, focus_kernel, gradient_energy, line_kernel, smeared_image
+from kpmatch_ros.geometry.blur import equalise_blur, focus_kernel, gradient_energy, line_kernel, smeared_image
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
 from kpmatch_ros.geometry.pose import PoseStatus
@@ -76,23 +76,24 @@ def test_the_sharp_image_of_two_is_blurred_as_the_other_one(
     images = [signed(each) for each in pictures]
     points = corners(seen(scene, 0))
     near = start(points)
-    alike = blurred_alike(*pictures, points, near)
-    assert alike is not None and alike.smeared is None
-    assert np.array_equal(alike.images[blurred], images[blurred])
-    assert not np.array_equal(alike.images[1 - blurred], images[1 - blurred])
+    equalised = equalise_blur(*pictures, points, near)
+    assert equalised is not None and equalised.smeared is None
+    assert np.array_equal(equalised.images[blurred], images[blurred])
+    assert not np.array_equal(equalised.images[1 - blurred], images[1 - blurred])
     with_blur, without = (
-        align(cut(first, points), second, near, no_change(len(points)), 1) for first, second in (alike.images, images)
+        align(cut(first, points), second, near, no_change(len(points)), 1)
+        for first, second in (equalised.images, images)
     )
     assert misplaced(with_blur, points) < 0.2
-    assert with_blur.likeness.mean() > without.likeness.mean() + 0.02
+    assert with_blur.correlation.mean() > without.correlation.mean() + 0.02
 
 
 def test_images_that_are_blurred_in_directions_of_their_own_are_both_blurred(scene: Image) -> None:
     images = seen(scene, 0, ALONG_ROWS, 0), seen(scene, SHIFT, line_kernel(9, np.pi / 2), 1)
     points = corners(seen(scene, 0))
-    alike = blurred_alike(images[0], images[1], points, start(points))
-    assert alike is not None
-    found = align(cut(alike.images[0], points), alike.images[1], start(points), no_change(len(points)), 1)
+    equalised = equalise_blur(images[0], images[1], points, start(points))
+    assert equalised is not None
+    found = align(cut(equalised.images[0], points), equalised.images[1], start(points), no_change(len(points)), 1)
     assert misplaced(found, points) < 0.2
 
 
@@ -100,7 +101,7 @@ def test_images_that_are_blurred_in_directions_of_their_own_are_both_blurred(sce
 def test_images_as_sharp_as_each_other_are_left_as_they_are(scene: Image, kernel: NDArray[np.float32] | None) -> None:
     images = [seen(scene, SHIFT * side, kernel, side) for side in (0, 1)]
     points = corners(seen(scene, 0))
-    assert blurred_alike(images[0], images[1], points, start(points)) is None
+    assert equalise_blur(images[0], images[1], points, start(points)) is None
 
 
 def test_too_few_points_or_none_inside_tell_nothing_of_blur(scene: Image) -> None:
@@ -108,10 +109,10 @@ def test_too_few_points_or_none_inside_tell_nothing_of_blur(scene: Image) -> Non
     points = corners(seen(scene, 0))
     outside = np.full_like(points, np.nan)
     for few in (points[:0], points[:5], points - SIZE, outside):
-        assert blurred_alike(images[0], images[1], few, few) is None
+        assert equalise_blur(images[0], images[1], few, few) is None
     flat = np.full_like(images[0], 128)
-    assert blurred_alike(flat, flat, points, points) is None
-    assert blurred_alike(images[0], flat, points, points) is None
+    assert equalise_blur(flat, flat, points, points) is None
+    assert equalise_blur(images[0], flat, points, points) is None
 
 
 @pytest.mark.parametrize("angle", [0.0, 1.0, 2.2])

@@ -354,10 +354,16 @@ def test_a_camera_info_of_zeros_is_an_uncalibrated_camera() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(width=0), "width and height are 0x480, which is no image: set width and height to those of the full"),
-        (dict(height=0), "width and height are 752x0, which is no image: set width and height"),
-        (dict(roi=region(10, 10, 0, 0)), "of the region of interest are 0x0, which is no image: set roi as"),
-        (dict(binning_x=1000), "width and height are 752x480 with binning 1000x1, which is no image"),
+        (
+            dict(width=0),
+            "width and height are 0x480, which is not a valid image size: set width and height to those of the full",
+        ),
+        (dict(height=0), "width and height are 752x0, which is not a valid image size: set width and height"),
+        (
+            dict(roi=region(10, 10, 0, 0)),
+            "of the region of interest are 0x0, which is not a valid image size: set roi as",
+        ),
+        (dict(binning_x=1000), "width and height are 752x480 with binning 1000x1, which is not a valid image size"),
     ],
 )
 def test_an_image_without_pixels_is_refused_by_what_leaves_none(changes: dict[str, Any], said: str) -> None:

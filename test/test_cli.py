@@ -203,7 +203,10 @@ def test_help_shows_each_option_with_its_description_range_and_default(run: Run)
         (["--intrinsics1", "300,300,160,120"], "--intrinsics1 needs --intrinsics"),
         (["--distortion", "-0.1,0,0,0"], "--distortion needs --intrinsics"),
         ([*CAMERA, "--distortion", "-0.1"], "'-0.1' is not 4 or 5 or 8 or 12 or 14 numbers"),
-        ([*CAMERA, "--distortion", "0.1,0,0,0", "--distortion-model", "fov"], "the known ones are plumb_bob"),
+        (
+            [*CAMERA, "--distortion", "0.1,0,0,0", "--distortion-model", "fov"],
+            "is not supported; the supported models are plumb_bob",
+        ),
         ([*CAMERA, "--distortion-model", "equidistant"], "--distortion-model needs --distortion"),
         (["--save", "matches.xyz"], "--save matches.xyz"),
         (["--save", "no-such-folder/matches.png"], "there is no folder no-such-folder"),

@@ -57,7 +57,7 @@ def compare(ours: Alignment, numpys: Alignment, at_least: int) -> None:
     # amplify that: one in ten may differ by more. One version may also stop iterating before the other does.
     share, loose = (90, step) if step else (99, 0.0)
     assert np.abs(ours.points - numpys.points)[good].max() < 0.02 or step
-    for name, tolerance in (("points", 1e-3 + loose), ("shapes", 1e-4 + loose / 2), ("likeness", 1e-3 + loose / 2)):
+    for name, tolerance in (("points", 1e-3 + loose), ("shapes", 1e-4 + loose / 2), ("correlation", 1e-3 + loose / 2)):
         difference = np.abs(getattr(ours, name) - getattr(numpys, name))[good]
         assert np.percentile(difference, share) < tolerance, name
     # The sigmas result from differences of large sums of squares.

@@ -100,7 +100,7 @@ def test_a_direction_without_matches_is_where_it_was() -> None:
 
 @needed
 def test_equations_without_a_solution_are_the_same_error() -> None:
-    # With such a small threshold the trust remains zero, and no match constrains the rotation.
+    # With such a small threshold the prior information remains zero, and no match constrains the rotation.
     nothing, shift = (
         matches_of(np.random.default_rng(0), motion_of(np.random.default_rng(0)), 0),
         np.array([[0, 0, 1.0]]),

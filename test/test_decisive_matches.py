@@ -88,9 +88,9 @@ def test_what_agrees_with_a_translation_that_is_not_believed_is_doubted_whether_
     pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=decisive)
     every = estimate_relative_pose(points0, points1, CAMERA, CAMERA)
     assert pose.status is every.status is PoseStatus.NO_TRANSLATION
-    assert pose.doubted is not None and every.doubted is not None and every.doubted[inside].mean() > 0.9
-    assert pose.doubted[inside & decisive].mean() > 0.9 and pose.doubted[inside & ~decisive].mean() > 0.9
-    assert not (pose.doubted & pose.inliers).any()
+    assert pose.undecided is not None and every.undecided is not None and every.undecided[inside].mean() > 0.9
+    assert pose.undecided[inside & decisive].mean() > 0.9 and pose.undecided[inside & ~decisive].mean() > 0.9
+    assert not (pose.undecided & pose.inliers).any()
 
 
 def test_copies_of_matches_that_decide_change_nothing() -> None:

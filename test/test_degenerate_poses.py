@@ -114,7 +114,7 @@ def test_a_point_at_a_cameras_centre_is_not_ahead_of_it() -> None:
     camera = StereoCamera(CAMERA, CAMERA, np.eye(3), np.array([0.0, 0.0, -0.1]))
     right = np.random.default_rng(0).uniform((0, 0), (640, 480), (60, 2))
     points = StereoPoints.of(np.tile([[320.0, 240.0]], (60, 1)), right, camera)
-    assert not points.deep.any() and np.abs(points.covariances).max() < 1
+    assert not points.has_depth.any() and np.abs(points.covariances).max() < 1
     # The current camera is at one of the points, except for rounding.
     left0, right0, left1, right1 = stereo_scenes.Scene(unmatched=0.0).pixels(60, 0)[0]
     source, target = StereoPoints.of(left0, right0, pair()), StereoPoints.of(left1, right1, pair())

@@ -21,7 +21,7 @@ from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion, normalise_matches
 from kpmatch_ros.geometry.two_view_fit import Noise
-from kpmatch_ros.geometry.two_view_rotation import fit_rotation, small_parallax_chance
+from kpmatch_ros.geometry.two_view_rotation import fit_rotation, small_parallax_p_value
 
 # The convention
 
@@ -48,11 +48,11 @@ def test_a_rotation_that_parallax_may_have_turned_is_less_sure() -> None:
     for seed in range(20):
         scene = Scene(translation=(0.02, 0, 0), noise=0.3, outliers=0.1)
         pose = scene.estimate(150, seed, keypoint_resolution=0.0)
-        if pose.doubted is not None:
+        if pose.undecided is not None:
             # Of the matches that only a translation explains, no more are wrong than by chance.
             assert pose.status is PoseStatus.NO_TRANSLATION
-            assert not (pose.doubted & pose.inliers).any() and (pose.inliers | pose.doubted).sum() > 0.85 * 150
-            doubted += pose.doubted.sum()
+            assert not (pose.undecided & pose.inliers).any() and (pose.inliers | pose.undecided).sum() > 0.85 * 150
+            doubted += pose.undecided.sum()
         error = scene.error(pose)[3:]
         errors.append(error @ np.linalg.solve(pose.covariance[3:, 3:], error))
     assert doubted > 0
@@ -187,7 +187,7 @@ def test_the_small_parallax_test_alone_keeps_its_false_alarm_rate() -> None:
         matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
         rotation = fit_rotation(matches, [np.eye(3)], 1.0, 0.0)
         start = Motion(rotation, np.array([1.0, 0.0, 0.0]))
-        fired += small_parallax_chance(matches, start, rotation, Noise(1.0, 0.0)) < 0.05
+        fired += small_parallax_p_value(matches, start, rotation, Noise(1.0, 0.0)) < 0.05
     assert fired <= 0.05 * trials
 
 

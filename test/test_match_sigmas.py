@@ -175,7 +175,7 @@ def test_matches_without_a_direction_take_their_standard_deviations_along() -> N
 @pytest.mark.parametrize("sigmas", [np.ones(COUNT - 1), np.ones((COUNT, 1)), np.zeros(COUNT), np.full(COUNT, np.nan)])
 def test_what_is_no_standard_deviation_is_refused(sigmas: np.ndarray) -> None:
     points0, points1, _ = matches(0)
-    with pytest.raises(ValueError, match="sigmas must be 300 positive numbers"):
+    with pytest.raises(ValueError, match="sigmas must be 300 positive finite numbers; got shape"):
         estimate(points0, points1, sigmas=sigmas)
 
 

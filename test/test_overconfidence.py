@@ -250,11 +250,11 @@ def test_only_where_the_geometry_is_weak_the_likelihood_widens_the_covariance_th
         pose = scene.estimate(count, 0, keypoint_resolution=0)
         matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
         wide, near = widen(matches, Fit(Motion(pose.rotation, pose.translation), matches), covariances, noise)
-        assert (wide is covariances.shared) != weak_geometry
-        assert (near is covariances.shared) != weak_geometry
+        assert (wide is covariances.shared_errors) != weak_geometry
+        assert (near is covariances.shared_errors) != weak_geometry
         if weak_geometry:  # in no direction smaller than the matches' own errors allow
-            assert np.linalg.eigvalsh(wide - covariances.shared)[0] > -1e-12
-            assert (wide.diagonal() > 3 * covariances.shared.diagonal()).any()
+            assert np.linalg.eigvalsh(wide - covariances.shared_errors)[0] > -1e-12
+            assert (wide.diagonal() > 3 * covariances.shared_errors.diagonal()).any()
 
 
 @pytest.mark.parametrize("noise, max_reprojection_error", [(1.5, 1.0), (3.0, 3.0), (3.0, 9.0)])

@@ -174,7 +174,7 @@ def test_stamps_of_numpy_are_whole_numbers(matcher: FeatureMatcher, images: list
     [
         ({"stamps": [0.1]}, "a stamp is 0.1; stamps are whole numbers of nanoseconds"),
         ({"stamps": [None]}, "a stamp is None"),
-        ({"camera": np.eye(3)}, r"the camera is a ndarray; kpmatch_ros.Camera\(width, height, matrix\) makes one"),
+        ({"camera": np.eye(3)}, r"must be a kpmatch_ros\.Camera, not a ndarray: use Camera\(width, height, matrix\)"),
         ({"frame_ids": "camera"}, "frame_ids is 'camera'"),
         ({"frame_ids": [None]}, "frame_ids has None"),
         ({"masks": None}, "masks is None"),
@@ -227,17 +227,17 @@ def test_features_are_matched_with_two_of_each(
 
 
 def test_features_are_not_matched_with_what_is_no_camera(matcher: FeatureMatcher, features: list[Features]) -> None:
-    with pytest.raises(TypeError, match="the camera is a ndarray"):
+    with pytest.raises(TypeError, match=r"the camera must be a kpmatch_ros\.Camera, not a ndarray"):
         FrontEnd(PARAMETERS, matcher).match_features(*features, cameras=(CAMERA, np.eye(3)))  # type: ignore[arg-type]
 
 
 def test_a_motion_is_not_estimated_with_what_is_no_camera() -> None:
     points, pair = np.zeros((20, 2)), StereoCamera(CAMERA, CAMERA, np.eye(3), np.array([-0.1, 0, 0]))
-    with pytest.raises(TypeError, match="the camera is a ndarray"):
+    with pytest.raises(TypeError, match=r"the camera must be a kpmatch_ros\.Camera, not a ndarray"):
         estimate_relative_pose(points, points, CAMERA, np.eye(3))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="the stereo camera is a Camera"):
+    with pytest.raises(TypeError, match=r"the stereo camera must be a kpmatch_ros\.StereoCamera, not a Camera"):
         estimate_stereo_motion(points, points, points, points, pair, CAMERA)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="the stereo camera is a Camera"):
+    with pytest.raises(TypeError, match=r"the stereo camera must be a kpmatch_ros\.StereoCamera, not a Camera"):
         check_stereo_matches(points, points, CAMERA)  # type: ignore[arg-type]
 
 

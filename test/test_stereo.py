@@ -117,7 +117,7 @@ def test_a_calibration_of_no_use_is_refused_with_the_reason(
 
 
 def test_raw_images_need_a_rotation_to_be_rectified() -> None:
-    with pytest.raises(CalibrationError, match="R of the right camera_info is no rotation"):
+    with pytest.raises(CalibrationError, match="R of the right camera_info is not a rotation matrix"):
         StereoCamera.from_camera_infos(*infos(r=[0.0] * 9), rectified=False)
 
 
@@ -430,9 +430,9 @@ def test_what_a_motion_leaves_is_least_squares_in_all_four_images(lens: str) -> 
     images, _ = scene.pixels(40, 3)
     turn, shift = cv2.Rodrigues(np.array(scene.rotation))[0] @ cv2.Rodrigues(np.full(3, 0.001))[0], scene.translation
     reference, current = (StereoPoints.of(images[i], images[i + 1], camera) for i in (0, 2))
-    chosen = np.flatnonzero(reference.deep)  # some have no depth in the current frame
+    chosen = np.flatnonzero(reference.has_depth)  # some have no depth in the current frame
     found = stereo_residuals(reference.select(chosen), current.select(chosen), len(chosen), turn, np.array(shift))
-    assert len(chosen) > 20 and not current.deep[chosen].all()
+    assert len(chosen) > 20 and not current.has_depth[chosen].all()
 
     def residuals(point: np.ndarray, index: int) -> np.ndarray:
         x, y, inverse_depth = point

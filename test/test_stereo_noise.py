@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chi2
 from stereo_scenes import Scene, pair
 
-from kpmatch_ros.geometry.sandwich import left_out
+from kpmatch_ros.geometry.sandwich import leave_one_out
 from kpmatch_ros.geometry.stereo_errors import StereoPoints
 from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
 
@@ -38,13 +38,19 @@ def test_with_few_points_of_which_one_sets_a_direction_the_covariance_is_not_too
 
 def test_a_match_is_left_out_with_all_of_its_directions() -> None:
     random = np.random.default_rng(3)
-    arms = random.normal(0, 0.05, (6, 3, 40))
-    arms[:, 0, 7] = 0.9 * np.eye(6)[2]  # determines one direction almost alone
-    pulls, weights, slopes = random.normal(0, 0.1, (6, 40)), random.uniform(0.3, 1, 40), -random.uniform(0, 0.2, 40)
-    found = left_out(pulls, arms, weights, slopes)
+    jacobian = random.normal(0, 0.05, (6, 3, 40))
+    jacobian[:, 0, 7] = 0.9 * np.eye(6)[2]  # determines one direction almost alone
+    gradients, weights, weight_slopes = (
+        random.normal(0, 0.1, (6, 40)),
+        random.uniform(0.3, 1, 40),
+        -random.uniform(0, 0.2, 40),
+    )
+    found = leave_one_out(gradients, jacobian, weights, weight_slopes)
     for i in range(40):
-        own = weights[i] * arms[..., i] @ arms[..., i].T + slopes[i] * np.outer(pulls[:, i], pulls[:, i])
-        exact = np.linalg.solve(np.eye(6) - own, weights[i] * pulls[:, i])
+        own = weights[i] * jacobian[..., i] @ jacobian[..., i].T + weight_slopes[i] * np.outer(
+            gradients[:, i], gradients[:, i]
+        )
+        exact = np.linalg.solve(np.eye(6) - own, weights[i] * gradients[:, i])
         np.testing.assert_allclose(found[:, i], exact, rtol=1e-9 if i == 7 else 0.02, atol=1e-4)
 
 
@@ -79,5 +85,5 @@ def test_a_shared_error_moves_the_point_and_leaves_its_depth() -> None:
 @pytest.mark.parametrize("sigmas", [np.ones(19), np.zeros(20), np.full(20, np.nan), np.ones((20, 2))])
 def test_standard_deviations_that_are_none_are_refused(sigmas: np.ndarray) -> None:
     images, _ = Scene().pixels(20, 0)
-    with pytest.raises(ValueError, match="sigmas must be 20 positive numbers"):
+    with pytest.raises(ValueError, match="sigmas must be 20 positive finite numbers; got shape"):
         estimate_stereo_motion(*images, pair(), pair(), sigmas=sigmas)

@@ -473,9 +473,9 @@ def test_what_agrees_with_a_translation_that_is_not_believed_goes_on(
         links = tracks.follow(reference, current, *identity(len(points)))
         ids.append(links.track_ids)
         moving = np.linalg.norm(links.points - links.reference_points, axis=1) > 1
-        doubted = moving & np.isin(links.track_ids, ids[0][:2])
+        undecided = moving & np.isin(links.track_ids, ids[0][:2])
         pose = replace(sideways(len(moving), PoseStatus.NO_TRANSLATION).for_matches(~moving), translation=np.zeros(3))
-        links, pose = tracks.settle(current, (CAMERA, CAMERA), links, replace(pose, doubted=doubted))
+        links, pose = tracks.settle(current, (CAMERA, CAMERA), links, replace(pose, undecided=undecided))
         tracks.advance(current, pose.inliers)
     assert len(ids[0]) == len(points)
     assert np.isin(ids[0], ids[1]).tolist() == [True, True, False, False] + [True] * len(beside)

@@ -69,7 +69,9 @@ def call_with_hostile_tracks(random: np.random.Generator) -> None:
     for turned in (cameras, Window(spoil(cameras.rotations, random), spoil(cameras.translations, random))):
         motion_equations(turned, *hostile, 1e-6)
         place(turned, *hostile, 1e-3)
-        triangulate(turned, hostile[1], prior=spoil(landmarks[2], random), information=spoil(landmarks[2], random))
+        triangulate(
+            turned, hostile[1], prior=spoil(landmarks[2], random), prior_information=spoil(landmarks[2], random)
+        )
 
     points, start = (spoil(random.uniform(0, 99, (int(random.choice(COUNTS)), 2)), random) for _ in range(2))
     distances, which = compiled.nearest(points, start, 3.0)

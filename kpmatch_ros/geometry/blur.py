@@ -13,7 +13,7 @@ from scipy.linalg import eigh, eigvalsh
 
 from kpmatch_ros.geometry.patches import about_grey, align, cut, gradients, no_change, signed
 
-__all__ = ["Alike", "blurred_alike", "focus_kernel", "gradient_energy", "line_kernel", "smeared_image"]
+__all__ = ["EqualBlur", "equalise_blur", "focus_kernel", "gradient_energy", "line_kernel", "smeared_image"]
 
 _REACH = 20  # pixels around a point: half the widest blur, half a patch, and the largest error of the point's position
 _SIDE = 2 * _REACH + 1
@@ -22,7 +22,7 @@ _SHARP = 0.65  # part of the other image's squared gradients; above it, an image
 _SMEARED = 0.2  # the same for a whole image at half the resolution; lines of 25 pixels and more leave less
 _DIRECTED = 1.5  # smallest ratio of the parts left across and along a line blur
 _NOISE = 1.2  # ratio of the gradients' eigenvalues: noise has a smaller one, the gradients left by blur a larger one
-_CLEARER = 0.02  # smallest gain of the patches' correlation by a blur
+_LEAST_GAIN = 0.02  # smallest gain of the patches' correlation by a blur
 _LENGTHS = (3.0, 5.0, 7.0, 9.0, 12.0, 16.0, 21.0)  # pixels
 _WIDTHS = (1.0, 1.5, 2.2, 3.3)  # pixels
 _ANGLES = (0.25, -0.25, 0.12, -0.12)  # radians from the direction of the gradients
@@ -35,7 +35,7 @@ _Blurs = list[_Blur | None]  # of image 0 and image 1; None without blur
 
 
 @dataclass(frozen=True, eq=False)
-class Alike:
+class EqualBlur:
     """Two images with the same blur.
 
     Attributes:
@@ -67,7 +67,7 @@ def focus_kernel(width: float) -> np.ndarray:
     return np.asarray(row @ row.T, np.float32)
 
 
-def blurred_alike(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray) -> Alike | None:
+def equalise_blur(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray) -> EqualBlur | None:
     """Two images of a scene, with the sharper one blurred like the other one.
 
     Between a sharp and a blurred image, the surroundings leak into a patch and shift it. Blur reduces the gradients
@@ -90,9 +90,9 @@ def blurred_alike(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, p
         return None
     for side, blur in enumerate(blurs):
         if blur is not None and blur[1] is not None and blur[0] > _WIDEST:
-            return Alike((signed(image0), signed(image1)), 1 - side)
+            return EqualBlur((signed(image0), signed(image1)), 1 - side)
     found0, found1 = (_filtered(about_grey(image), blur) for image, blur in zip((image0, image1), blurs))
-    return Alike((found0, found1), None)
+    return EqualBlur((found0, found1), None)
 
 
 def gradient_energy(image: np.ndarray) -> np.ndarray:
@@ -165,35 +165,35 @@ class _Pair:
         """The blur of one side, given the other's, that makes patches most similar; None if no blur helps."""
         both = list(blurs)
 
-        def likeness(blur: _Blur) -> float:
+        def correlation(blur: _Blur) -> float:
             both[side] = blur
-            return self._likeness(both)
+            return self._correlation(both)
 
         best = max(
-            _climb([(length, angle) for length in _LENGTHS], likeness),
-            _climb([(width, None) for width in _WIDTHS], likeness),
+            _climb([(length, angle) for length in _LENGTHS], correlation),
+            _climb([(width, None) for width in _WIDTHS], correlation),
             key=itemgetter(0),
         )
-        if best[0] < self._likeness(blurs) + _CLEARER:
+        if best[0] < self._correlation(blurs) + _LEAST_GAIN:
             return None
         size, direction = best[1]
         if direction is not None:
             best = max(
-                [best, *((likeness(each), each) for each in ((size, direction + turn) for turn in _ANGLES))],
+                [best, *((correlation(each), each) for each in ((size, direction + turn) for turn in _ANGLES))],
                 key=itemgetter(0),
             )
             direction = best[1][1]
             best = max(
-                [best, *((likeness(each), each) for each in ((size * factor, direction) for factor in _FACTORS))],
+                [best, *((correlation(each), each) for each in ((size * factor, direction) for factor in _FACTORS))],
                 key=itemgetter(0),
             )
         return best[1]
 
-    def _likeness(self, blurs: _Blurs) -> float:
+    def _correlation(self, blurs: _Blurs) -> float:
         (image0, points0), (image1, points1) = (
             (_filtered(image, blur), points) for (image, points), blur in zip(self.sides, blurs)
         )
-        return float(align(cut(image0, points0), image1, points1, no_change(len(points0)), 1).likeness.mean())
+        return float(align(cut(image0, points0), image1, points1, no_change(len(points0)), 1).correlation.mean())
 
 
 def _half(image: np.ndarray) -> np.ndarray:
@@ -201,11 +201,11 @@ def _half(image: np.ndarray) -> np.ndarray:
     return np.asarray(cv2.resize(image, (-(-width // 2), -(-height // 2)), interpolation=cv2.INTER_AREA))
 
 
-def _climb(blurs: Sequence[_Blur], likeness: Callable[[_Blur], float]) -> tuple[float, _Blur]:
-    """The best of blurs in increasing order, and its likeness of patches, which has one maximum."""
-    best = likeness(blurs[0]), blurs[0]
+def _climb(blurs: Sequence[_Blur], correlation: Callable[[_Blur], float]) -> tuple[float, _Blur]:
+    """The best of blurs in increasing order, and the correlation of patches with it, which has one maximum."""
+    best = correlation(blurs[0]), blurs[0]
     for blur in blurs[1:]:
-        reached = likeness(blur)
+        reached = correlation(blur)
         if reached < best[0]:
             break
         best = reached, blur

@@ -106,7 +106,7 @@ class Camera:
             remedy = "width and height to those of the full image" if whole else "roi as the camera has it, or all 0"
             binning = f" with binning {binning_x}x{binning_y}" if max(binning_x, binning_y) > 1 else ""
             raise CalibrationError(
-                "size", f"camera_info: {what} {width}x{height}{binning}, which is no image: set {remedy}"
+                "size", f"camera_info: {what} {width}x{height}{binning}, which is not a valid image size: set {remedy}"
             )
 
         model, distortion = ("", np.zeros(0)) if rectified else (info.distortion_model, camera_info_field(info, "D"))
@@ -225,8 +225,8 @@ def _check_matrix(matrix: np.ndarray, size: int) -> None:
     if not (low <= fx <= high and low <= fy <= high):
         raise CalibrationError(
             "value",
-            f"focal lengths of {fx:g} and {fy:g} pixels make no sense for an image of {size} pixels: they must be "
-            "given in pixels of this image",
+            f"focal lengths of {fx:g} and {fy:g} pixels are out of range for an image of {size} pixels, {low:g} to "
+            f"{high:g}: give them in pixels of this image",
         )
     if matrix[1, 0] != 0 or (matrix[2] != (0, 0, 1)).any():
         raise CalibrationError("value", f"the camera matrix must be [fx 0 cx; 0 fy cy; 0 0 1], not {matrix.tolist()}")
@@ -240,7 +240,7 @@ def check_camera(camera: Any) -> Camera | None:
     """
     if camera is not None and not isinstance(camera, Camera):
         raise TypeError(
-            f"the camera is a {type(camera).__name__}; kpmatch_ros.Camera(width, height, matrix) makes one, and of a "
-            "CameraInfo Camera.from_camera_info(info, rectified=...)"
+            f"the camera must be a kpmatch_ros.Camera, not a {type(camera).__name__}: use Camera(width, height, matrix)"
+            ", or for a CameraInfo Camera.from_camera_info(info, rectified=...)"
         )
     return camera

@@ -131,7 +131,7 @@ def _image(image: np.ndarray) -> np.ndarray:
     height, width = image.shape
     if max(height, width) > 2 * MAX_SIDE or height * width >= 2**31:
         raise ValueError(
-            f"an image of {width // 2}x{height // 2} pixels has a side of more than {MAX_SIDE}, or too many pixels"
+            f"the image of {width // 2}x{height // 2} pixels has a side of more than {MAX_SIDE}, or 2^29 pixels or more"
         )
     return _given(image, np.float32, height, width)
 
@@ -162,9 +162,12 @@ def follow(
     """
     sides = np.array([each.shape for each in pyramid0], np.int64)
     if window not in (13, 21):
-        raise ValueError(f"a window of {window} pixels")
+        raise ValueError(f"window must be 13 or 21 pixels, not {window}")
     if not 1 <= len(sides) <= _MOST_LEVELS or len(sides) != len(pyramid1) or sides.min() < 1:
-        raise ValueError(f"pyramids of {len(pyramid0)} and {len(pyramid1)} levels, {sides.tolist()}")
+        raise ValueError(
+            f"the pyramids must have the same number of levels, 1 to {_MOST_LEVELS}, and no empty level, not "
+            f"{len(pyramid0)} and {len(pyramid1)} levels with the sides {sides.tolist()}"
+        )
     levels = [
         [_given(level, np.uint8, *side) for level, side in zip(each, sides.tolist())] for each in (pyramid0, pyramid1)
     ]
@@ -203,7 +206,7 @@ def neighbours(
     """
     count, most = len(points), len(others)
     if most < 8:
-        raise ValueError(f"{most} points are too few neighbours")
+        raise ValueError(f"too few points to find 7 neighbours: {most} instead of at least 8")
     results = np.empty((count, 2), np.float32), np.empty(count, np.float32)
     points, own, moves = _columns(points), _given(own, np.bool_, count), _given(moves.T, np.float32, 2, most)
     _library.kpmatch_neighbours(count, points, own, most, _columns(others), moves, *results)
@@ -219,13 +222,17 @@ def largest_elsewhere(numbers: np.ndarray, points: np.ndarray, places: np.ndarra
 
 
 def triangulate(
-    cameras: Window, sights: np.ndarray, reference: int, prior: np.ndarray | float, information: np.ndarray | float
+    cameras: Window,
+    sights: np.ndarray,
+    reference: int,
+    prior: np.ndarray | float,
+    prior_information: np.ndarray | float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """1/z, the last row of the result of structure.triangulate, and its information."""
     frames, count, seen = _seen(cameras, sights)
     if not -frames <= reference < frames:
-        raise ValueError(f"frame {reference} of {frames}")
-    expected = [_given(np.broadcast_to(each, count), np.float32, count) for each in (prior, information)]
+        raise ValueError(f"reference frame {reference} is out of range for {frames} frames")
+    expected = [_given(np.broadcast_to(each, count), np.float32, count) for each in (prior, prior_information)]
     results = np.empty(count, np.float32), np.empty(count, np.float32)
     _library.kpmatch_triangulate(frames, count, *seen, reference % frames, *expected, *results)
     return results
@@ -352,14 +359,16 @@ def hessian(
 
 
 def refine_turns(
-    columns: np.ndarray, turns: np.ndarray, shifts: np.ndarray, cutoffs: Sequence[float], trust: float
+    columns: np.ndarray, turns: np.ndarray, shifts: np.ndarray, cutoffs: Sequence[float], prior_information: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The result of two_view_profile.refine_turns, with cutoffs in pixels."""
     columns, steps, motions = _matches(columns), np.array(cutoffs, float), len(turns)
     turns, shifts = _copied(turns, np.float64, motions, 3, 3), _given(shifts, np.float64, motions, 3)
     residuals = np.empty((motions, columns.shape[2]))
     matches = columns.shape[2], columns
-    if not _library.kpmatch_refine_turns(*matches, len(steps), steps, trust, motions, turns, shifts, residuals):
+    if not _library.kpmatch_refine_turns(
+        *matches, len(steps), steps, prior_information, motions, turns, shifts, residuals
+    ):
         raise np.linalg.LinAlgError("Singular matrix")
     return turns, residuals
 
@@ -380,7 +389,7 @@ def _given(values: np.ndarray, dtype: type[np.generic], *shape: int) -> np.ndarr
         ValueError: the array has another shape.
     """
     if values.shape != shape:
-        raise ValueError(f"an array of shape {values.shape} where {shape} belongs")
+        raise ValueError(f"array has shape {values.shape}, expected {shape}")
     if type(values) is np.ndarray and values.dtype.type is dtype and values.dtype.isnative and values.flags.carray:
         return values  # the usual case
     return np.require(values, dtype, ["C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY"])

@@ -18,7 +18,7 @@ tree = partial(cKDTree, balanced_tree=False, compact_nodes=False)
 """A k-d tree of points (T, 2) that is quick to build, because each tree is queried only once."""
 
 _WINDOW = 13  # pixels
-_WIDE_WINDOW = 21  # pixels, if only the flow itself can tell whether it is right
+_WIDE_WINDOW = 21  # pixels, if only the flow itself can show whether it is correct
 _LEVELS = 2  # levels of a pyramid in addition to the image
 _STOP = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 10, 0.03)
 _FORTH_AND_BACK = 1.0  # pixels, largest error after tracking forward and backward

@@ -88,8 +88,8 @@ def known_distortion(model: str, distortion: np.ndarray) -> tuple[str, np.ndarra
         known = ", ".join(_COEFFICIENTS)
         raise CalibrationError(
             "model",
-            f"distortion model {model!r:.80} with {distortion.size} coefficients: the known ones are {known}. Give the "
-            "calibration in one of these, or use rectified images",
+            f"distortion model {model!r:.80} with {distortion.size} coefficients is not supported; the supported "
+            f"models are {known}. Convert the calibration to one of these, or use rectified images",
         )
     sizes = _COEFFICIENTS[name]
     if distortion.size in sizes:
@@ -173,17 +173,17 @@ def _undistort(
         with np.errstate(over="ignore"):
             residuals = image - target
         # If the determinant is not positive, the lens model folds over, which no real lens does.
-        sound = (determinant > 0) & (np.maximum(*np.abs(points)) < LARGEST_TANGENT)
-        converged = sound & (np.maximum(*np.abs(residuals)) < _NEWTON_TOLERANCE)
-        going_on = sound & ~converged
-        if not going_on.any():
+        valid = (determinant > 0) & (np.maximum(*np.abs(points)) < LARGEST_TANGENT)
+        converged = valid & (np.maximum(*np.abs(residuals)) < _NEWTON_TOLERANCE)
+        unfinished = valid & ~converged
+        if not unfinished.any():
             break
         with np.errstate(all="ignore"):  # points that have stopped may give invalid values
             step = inverse[::2] * residuals[0] + inverse[1::2] * residuals[1]
             # Steps of at most half the distance to the axis, plus a half, do not jump over a fold unnoticed.
             longest = 0.5 * (1 + np.hypot(*points))
             step *= np.minimum(1, longest / np.maximum(np.hypot(*step), 1e-300))
-        np.subtract(points, step, out=points, where=going_on)
+        np.subtract(points, step, out=points, where=unfinished)
     # If the model folds over twice, it rotates the scene by 180 degrees: positive determinant, but negative trace.
     with np.errstate(all="ignore"):
         converged &= inverse[0] + inverse[3] > 0

@@ -71,7 +71,7 @@ this scale. An image smoothed by half a pixel and sampled at half the distance h
 _BLUR = 0.5
 """Square pixels: variance of an image's total blur, by its pixels, its lens, interpolation and smoothing."""
 _WIDEST = 2.0  # in units of that variance; beyond it, the Laplacian does not describe the added blur
-_ALIKE = 0.82  # lowest correlation with the patch; with a lower one, it is another point
+_LOWEST_CORRELATION = 0.82  # with the patch; with a lower one, it is another point
 _LARGEST_SCALE = 3.0  # largest change of length since the patch was cut
 _LEAST_CONTRAST = 0.1  # squared norm of a patch's grey levels; smaller values are rounding
 _LARGEST_GAIN = 2.0  # largest change of contrast; with a larger one, it is another point or noise
@@ -88,14 +88,14 @@ class Alignment(ParallelArrays):
         points: (T, 2) float32 pixels.
         shapes: (T, 2, 2) float32: maps an offset in the patch to the offset in the image.
         sigmas: (T,) float32 standard deviation of a coordinate of points, pixels.
-        likeness: (T,) float32 correlation with the patch, in [0, 1].
+        correlation: (T,) float32 correlation with the patch, in [0, 1].
         good: (T,) bool whether the patch was found.
     """
 
     points: np.ndarray
     shapes: np.ndarray
     sigmas: np.ndarray
-    likeness: np.ndarray
+    correlation: np.ndarray
     good: np.ndarray
 
     def put(self, rows: np.ndarray, part: Alignment) -> None:
@@ -104,10 +104,10 @@ class Alignment(ParallelArrays):
             whole[rows] = values
 
 
-def unaligned(points: np.ndarray, likeness: np.ndarray, good: bool = True) -> Alignment:
-    """An alignment from points (T, 2) without a search, with the given likeness (T,) and the same `good` for all."""
+def unaligned(points: np.ndarray, correlation: np.ndarray, good: bool = True) -> Alignment:
+    """An alignment from points (T, 2) without a search, with the given correlation (T,) and the same `good` for all."""
     none = np.zeros(len(points), np.float32)
-    return Alignment(points, no_change(len(points)), none, np.maximum(likeness, 0), np.full(len(points), good))
+    return Alignment(points, no_change(len(points)), none, np.maximum(correlation, 0), np.full(len(points), good))
 
 
 def about_grey(image: np.ndarray) -> np.ndarray:
@@ -230,15 +230,15 @@ def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: n
     seen, contrast = weights * _seen(image, points, shapes, _PLACES), affine[:, -1]
     _, power, gain = _brightness(seen, counts, contrast)
     product = np.einsum("tp,tp->t", seen, template) - narrower * np.einsum("tp,tp->t", seen, laplacian)
-    likeness = (product / np.sqrt(power * contrast)).clip(0, 1)
+    correlation = (product / np.sqrt(power * contrast)).clip(0, 1)
     stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
     area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
-    good = (_length(points - start) < LONGEST_STEP) & (likeness > _ALIKE) & (last_step < _LAST_STEP)
+    good = (_length(points - start) < LONGEST_STEP) & (correlation > _LOWEST_CORRELATION) & (last_step < _LAST_STEP)
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
     good &= inside(points, image.shape[0] / _FINE, image.shape[1] / _FINE)
     variance = np.maximum(gain * gain * power - 2 * gain * product + contrast, 0) / counts
     sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * (affine[:, 0] + affine[:, 21]) / 2
-    return Alignment(points, shapes, sigmas.astype(np.float32), likeness.astype(np.float32), good)
+    return Alignment(points, shapes, sigmas.astype(np.float32), correlation.astype(np.float32), good)
 
 
 def inside(points: np.ndarray, height: float, width: float) -> np.ndarray:

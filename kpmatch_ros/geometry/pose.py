@@ -76,10 +76,10 @@ class RelativePose:
         median_parallax: median displacement of the inliers without the rotation, pixels of the reference image.
         inliers: (num_matches,) bool: matches within the largest reprojection error of the pose and in front of both
             cameras; None if nothing was estimated.
-        doubted: (num_matches,) bool: with NO_TRANSLATION, the matches that are not inliers but agree with a rejected
+        undecided: (num_matches,) bool: with NO_TRANSLATION, the matches that are not inliers but agree with a rejected
             translation, which moving objects may have caused; None without such a translation.
-        estimate: with NO_TRANSLATION in metres, the motion whose translation could not be told from zero, to which the
-            covariance belongs; otherwise None.
+        estimate: with NO_TRANSLATION in metres, the motion whose translation could not be distinguished from zero; the
+            covariance belongs to it; otherwise None.
     """
 
     status: PoseStatus
@@ -92,7 +92,7 @@ class RelativePose:
     median_parallax: float
     inliers: np.ndarray | None
     estimate: Pose | None = None
-    doubted: np.ndarray | None = None
+    undecided: np.ndarray | None = None
 
     @property
     def is_placed(self) -> bool:
@@ -111,14 +111,14 @@ class RelativePose:
     def for_matches(self, inliers: np.ndarray) -> RelativePose:
         """The same pose for other matches, with their inliers (num_matches,) bool."""
         num_inliers = int(inliers.sum())
-        return replace(self, num_matches=len(inliers), num_inliers=num_inliers, inliers=inliers, doubted=None)
+        return replace(self, num_matches=len(inliers), num_inliers=num_inliers, inliers=inliers, undecided=None)
 
     def for_copies(self, which: np.ndarray) -> RelativePose:
         """The same pose for M matches with duplicates. `which` (M,) are their indices in the pose's own matches."""
         if self.inliers is None:
             return replace(self, num_matches=len(which))
-        doubted = None if self.doubted is None else self.doubted[which]
-        return replace(self.for_matches(self.inliers[which]), doubted=doubted)
+        undecided = None if self.undecided is None else self.undecided[which]
+        return replace(self.for_matches(self.inliers[which]), undecided=undecided)
 
     @classmethod
     def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:

@@ -11,7 +11,7 @@ from dataclasses import fields
 import cv2
 import numpy as np
 
-from kpmatch_ros.geometry.blur import blurred_alike
+from kpmatch_ros.geometry.blur import equalise_blur
 from kpmatch_ros.geometry.flow import Neighbours, flow_near
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
 from kpmatch_ros.imaging.colour import to_grey
@@ -143,8 +143,8 @@ def align_matches(
     known = np.flatnonzero(np.isfinite(points0).all(axis=1) & np.isfinite(points1).all(axis=1))
     start, furthest = points1[known].astype(np.float32), longest_step(resolution)
     near = flow_near(image0, image1, points0[known], start, furthest)
-    alike = blurred_alike(image0, image1, points0[known], start)
-    pixels0, pixels = (signed(image0), signed(image1)) if alike is None else alike.images
+    equalised = equalise_blur(image0, image1, points0[known], start)
+    pixels0, pixels = (signed(image0), signed(image1)) if equalised is None else equalised.images
     patches = cut(pixels0, points0[known].astype(np.float32))
     found = align(patches, pixels, near, no_change(len(known)))
     around = Neighbours(points0[known], points1[known])

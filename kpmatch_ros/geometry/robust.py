@@ -11,8 +11,8 @@ from kpmatch_ros.geometry.camera import Camera
 
 __all__ = [
     "FALSE_ALARM_RATE",
-    "LOOSELY",
-    "MANY_WRONG",
+    "LOOSE",
+    "ENOUGH_INLIERS",
     "SMALLEST_CURVATURE",
     "SMALLEST_SAMPLE",
     "TINY",
@@ -37,10 +37,10 @@ FALSE_ALARM_RATE = 1e-3
 SMALLEST_SAMPLE = 8
 """Smallest number of matches for an estimate: five or six degrees of freedom, and some more to estimate the noise."""
 
-MANY_WRONG = 0.5
+ENOUGH_INLIERS = 0.5
 """Part of the matches: if fewer agree, other motions are searched for."""
 
-LOOSELY = 2.0
+LOOSE = 2.0
 """Threshold, in inlier thresholds, for matches that may agree on another motion."""
 
 TUKEY = 4.685
@@ -75,7 +75,7 @@ def check_options(max_reprojection_error: float, keypoint_resolution: float) -> 
     if not 0 < max_reprojection_error < math.inf:
         raise ValueError(f"max_reprojection_error must be a positive number of pixels, not {max_reprojection_error}")
     if not 0 <= keypoint_resolution < math.inf:
-        raise ValueError(f"keypoint_resolution must be a number of pixels from 0 up, not {keypoint_resolution}")
+        raise ValueError(f"keypoint_resolution must be a finite number of pixels, 0 or more, not {keypoint_resolution}")
 
 
 def check_sigmas(sigmas: np.ndarray, count: int) -> np.ndarray:
@@ -86,7 +86,8 @@ def check_sigmas(sigmas: np.ndarray, count: int) -> np.ndarray:
     """
     sigmas = np.asarray(sigmas, dtype=np.float64)
     if sigmas.shape != (count,) or not ((sigmas > 0) & np.isfinite(sigmas)).all():
-        raise ValueError(f"sigmas must be {count} positive numbers, not {sigmas.shape} from {sigmas.min(initial=0)} up")
+        values = f", values from {sigmas.min():g} to {sigmas.max():g}" if sigmas.size else ""
+        raise ValueError(f"sigmas must be {count} positive finite numbers; got shape {sigmas.shape}{values}")
     return sigmas
 
 
@@ -214,7 +215,7 @@ def is_other_motion(agreeing: np.ndarray, shared: np.ndarray, chance: float, sam
     in groups, each with its own motion.
 
     Args:
-        agreeing: (n,) bool, which of these matches are within LOOSELY thresholds of the other motion.
+        agreeing: (n,) bool, which of these matches are within LOOSE thresholds of the other motion.
         shared: (m,) bool, which of the first motion's inliers are within them too. If most are, it is the same motion,
             found again because the noise exceeds the threshold.
         chance: probability that a wrong match is within them.

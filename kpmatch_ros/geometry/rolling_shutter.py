@@ -55,17 +55,17 @@ def read_at_once(matches: Matches, times: Sequence[np.ndarray], motion: Motion, 
     rotation = Rotation.from_matrix(motion.rotation)
     last = Motion(*motion) if before is None else before
     turn, turn_before = (Rotation.from_matrix(one.rotation).as_rotvec() for one in (motion, last))
-    way, way_before = motion.translation, last.rotation.T @ last.translation
+    shift, shift_before = motion.translation, last.rotation.T @ last.translation
 
     def path(now: np.ndarray, past: np.ndarray, times: np.ndarray) -> np.ndarray:
         return np.outer(times, now) + np.outer(times * (times - 1) / 2, now - past)
 
     turns0 = Rotation.from_rotvec(path(turn, turn_before, times[0]))
     turns1 = rotation.inv() * Rotation.from_rotvec(path(turn, turn_before, 1 + times[1]))
-    if way.any():
-        ways = path(way, way_before, 1 + times[1]) - path(way, way_before, times[0])
-        ways /= np.maximum(np.linalg.norm(ways, axis=1, keepdims=True), TINY)
-        parallel = Rotation.from_rotvec(np.cross(ways, way))  # for these small angles, sine and angle are equal
+    if shift.any():
+        shifts = path(shift, shift_before, 1 + times[1]) - path(shift, shift_before, times[0])
+        shifts /= np.maximum(np.linalg.norm(shifts, axis=1, keepdims=True), TINY)
+        parallel = Rotation.from_rotvec(np.cross(shifts, shift))  # for these small angles, sine and angle are equal
         turns0, turns1 = parallel * turns0, rotation.inv() * parallel * rotation * turns1
     columns = matches.columns.copy()
     for rays, turns in ((columns[0], turns0), (columns[1], turns1)):

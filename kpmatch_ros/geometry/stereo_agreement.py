@@ -69,7 +69,7 @@ def check_stereo_matches(
     if camera is None:
         return StereoAgreement(PoseStatus.NO_CALIBRATION, None)
     points = StereoPoints.of(left, right, camera)
-    on_line = points.deep & (points.distances(points.points).sum(axis=0) < max_reprojection_error)
+    on_line = points.has_depth & (points.distances(points.points).sum(axis=0) < max_reprojection_error)
     front = on_line & (points.points[2] > 0)
     behind = on_line & (points.points[2] < 0) & ~points.is_distant(max_reprojection_error)
     chances = np.full(len(left), epipolar_chance(camera.left, max_reprojection_error))

@@ -43,7 +43,9 @@ class StereoCamera:
         for name, shape in (("rotation", (3, 3)), ("translation", (3,))):
             value = np.array(getattr(self, name), dtype=np.float64)
             if value.shape != shape or not np.isfinite(value).all():
-                raise CalibrationError("value", f"the {name} between the cameras must be {shape} finite numbers")
+                raise CalibrationError(
+                    "value", f"the {name} between the cameras must have shape {shape} and finite numbers"
+                )
             value.setflags(write=False)
             object.__setattr__(self, name, value)
         _check_rotation(self.rotation, "the rotation between the cameras")
@@ -122,7 +124,7 @@ def _matrix(info: Any, name: str, shape: tuple[int, int], side: str) -> np.ndarr
 def _check_rotation(matrix: np.ndarray, name: str) -> None:
     if np.abs(matrix @ matrix.T - np.eye(3)).max() > _ROTATION_TOLERANCE or np.linalg.det(matrix) < 0:
         raise CalibrationError(
-            "value", f"{name} is no rotation: {matrix.tolist()}. Calibrate the two cameras as one stereo pair"
+            "value", f"{name} is not a rotation matrix: {matrix.tolist()}. Calibrate the two cameras as one stereo pair"
         )
 
 
@@ -141,20 +143,21 @@ def _baseline(left: np.ndarray, right: np.ndarray) -> float:
     if focal > _FOCAL_TOLERANCE or row > _ALIGNED:
         raise CalibrationError(
             "alignment",
-            "P of the left and the right camera_info are not those of one rectified pair, which differ in P[2] and "
-            f"P[3] only: {left.ravel().tolist()} and {right.ravel().tolist()}. {together}",
+            "P of the left and the right camera_info are not those of one rectified pair, whose P differ only in P[2] "
+            f"and P[3]: {left.ravel().tolist()} and {right.ravel().tolist()}. {together}",
         )
     baseline = float(left[0, 3] / left[0, 0] - right[0, 3] / right[0, 0])
     if baseline == 0:
         raise CalibrationError(
             "baseline",
-            f"P[3] of the right camera_info says that the baseline is zero; it must be -P[0] times metres. {together}",
+            "the baseline is zero: P[3] of the right camera_info must be -P[0] times the baseline in metres. "
+            f"{together}",
         )
     if baseline < 0:
         raise CalibrationError(
             "swapped",
-            f"the camera_infos have the right camera {-baseline:g} m to the left of the left one: left and right are "
-            "swapped. Swap the topics",
+            f"by the camera_infos, the right camera is {-baseline:g} m to the left of the left camera: left and right "
+            "are swapped. Swap the topics",
         )
     return baseline
 
@@ -167,7 +170,8 @@ def check_stereo_camera(camera: Any) -> StereoCamera | None:
     """
     if camera is not None and not isinstance(camera, StereoCamera):
         raise TypeError(
-            f"the stereo camera is a {type(camera).__name__}; kpmatch_ros.StereoCamera(left, right, rotation, "
-            "translation) makes one, and of two CameraInfos StereoCamera.from_camera_infos(left, right, rectified=...)"
+            f"the stereo camera must be a kpmatch_ros.StereoCamera, not a {type(camera).__name__}: use "
+            "StereoCamera(left, right, rotation, translation), or StereoCamera.from_camera_infos(left, right, "
+            "rectified=...) for two CameraInfos"
         )
     return camera

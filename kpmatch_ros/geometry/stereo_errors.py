@@ -41,7 +41,7 @@ class StereoPoints:
         rays: (2, n) normalised coordinates in the left image.
         noise: (3, n) variance of x, covariance of x and y, variance of y there, for keypoint noise of one pixel.
         seen: (n,) bool, whether the left image has a direction; otherwise the other values have no meaning.
-        deep: (n,) bool, whether the right image has one too, and the point is ahead of it or beyond infinity.
+        has_depth: (n,) bool, whether the right image has one too, and the point is ahead of it or beyond infinity.
         points: (3, n) x, y and inverse depth, the likeliest values; inverse depth 0 if the depth is unknown.
         covariances: (3, 3, n) of these, for keypoint noise of one pixel; zero for an unknown depth.
         squares: (n,) squared distance of the match from its epipolar line, pixels; zero without a match.
@@ -53,7 +53,7 @@ class StereoPoints:
     rays: np.ndarray
     noise: np.ndarray
     seen: np.ndarray
-    deep: np.ndarray
+    has_depth: np.ndarray
     points: np.ndarray
     covariances: np.ndarray
     squares: np.ndarray
@@ -78,7 +78,7 @@ class StereoPoints:
         points[:2, chosen], points[2, chosen] = self.rays[:, chosen], 0.0
         covariances[:2, :2, chosen] = _symmetric(self.noise)[..., chosen]
         return StereoPoints(
-            self.rays, self.noise, self.seen, self.deep & kept, points, covariances,
+            self.rays, self.noise, self.seen, self.has_depth & kept, points, covariances,
             *(array * kept for array in (self.squares, self.offset, self.jacobian, self.information)),
         )  # fmt: skip
 
@@ -115,7 +115,7 @@ class StereoPoints:
         """
         rays0, noise0, seen = _normalise(camera.left, left)
         rays1, noise1, matched = _normalise(camera.right, right)
-        deep, turn, shift = seen & matched, camera.rotation, camera.translation
+        has_depth, turn, shift = seen & matched, camera.rotation, camera.translation
         # To first order, the rays are moved by as little as possible so that they meet (Sampson's approximation).
         essential = cross_matrix(shift) @ turn
         lines0, lines1 = essential.T @ rays1, essential @ rays0
@@ -124,7 +124,7 @@ class StereoPoints:
         if shared is not None:  # only the right pixel is off the line
             moved0, variances[0] = np.zeros_like(moved0), 0.0
         variance = np.maximum(variances.sum(axis=0), TINY)
-        away = np.where(deep, (rays1 * lines1).sum(axis=0) / variance, 0.0)
+        away = np.where(has_depth, (rays1 * lines1).sum(axis=0) / variance, 0.0)
         original, offset = rays0[:2].copy(), away * moved1
         rays0[:2] -= away * moved0
         rays1[:2] -= offset
@@ -132,8 +132,8 @@ class StereoPoints:
         fixed, slope = (part[:2] - rays1[:2] * part[2] for part in (start, shift[:, None]))
         inverse_depth = -(slope * fixed).sum(axis=0) / np.maximum((slope * slope).sum(axis=0), TINY)
         depth = start[2] + shift[2] * inverse_depth  # in the right camera, relative to the left one
-        deep &= depth > np.maximum(AHEAD * np.sqrt((rays1 * rays1).sum(axis=0)) * np.abs(depth), _AT_THE_CENTRE)
-        depth = np.where(deep, depth, 1.0)
+        has_depth &= depth > np.maximum(AHEAD * np.sqrt((rays1 * rays1).sum(axis=0)) * np.abs(depth), _AT_THE_CENTRE)
+        depth = np.where(has_depth, depth, 1.0)
         # Derivatives of the right image by x, y and the inverse depth.
         jacobian = np.array([turn[:2, i, None] - rays1[:2] * turn[2, i] for i in (0, 1)] + [slope]) / depth
         inverse_noise = _inverse(noise1)
@@ -149,7 +149,7 @@ class StereoPoints:
             rays=original,
             noise=noise0,
             seen=seen,
-            deep=deep,
+            has_depth=has_depth,
             points=np.concatenate([rays0[:2], inverse_depth[None]]),
             covariances=_inverse_symmetric(information),
             squares=away * away * variance,
@@ -157,14 +157,14 @@ class StereoPoints:
             jacobian=jacobian,
             information=inverse_noise,
         )
-        return found.without_depth(~deep)
+        return found.without_depth(~has_depth)
 
 
 class StereoResiduals(NamedTuple):
     """Residuals of n points under a motion, whitened: their variance is one for keypoint noise of one pixel.
 
     Attributes:
-        residuals: (3, n); the last one is zero if the target does not know the depth.
+        whitened: (3, n) the residuals; the last one is zero if the target does not know the depth.
         jacobian: (6, 3, n) by the translation, metres, and by angles about the reference frame's axes.
         squares: (n,) squared residuals of all images together, pixels.
         points: (3, n) in the source, the likeliest values.
@@ -173,7 +173,7 @@ class StereoResiduals(NamedTuple):
         depth_variances: (n,) of the inverse depth in the source, for keypoint noise of one pixel.
     """
 
-    residuals: np.ndarray
+    whitened: np.ndarray
     jacobian: np.ndarray
     squares: np.ndarray
     points: np.ndarray
@@ -212,7 +212,7 @@ def stereo_residuals(
         rotation: (3, 3).
         translation: (3,), metres.
     """
-    count, back = len(source.deep), rotation.T
+    count, back = len(source.has_depth), rotation.T
     # In the target, a point is turn (x, y, 1) + shift q, with inverse depth q. The matrix takes (x, y, q, 1).
     matrix = np.empty((3, 4, count))
     for part, turn, shift in (
@@ -221,32 +221,32 @@ def stereo_residuals(
     ):
         matrix[:, :2, part], matrix[:, 2, part], matrix[:, 3, part] = turn[:, :2, None], shift[:, None], turn[:, 2:]
     first, ahead, depth = _project(matrix, source.points)
-    known = target.deep
+    known = target.has_depth
     distance = target.points - first
     distance[2] *= known
     # Derivatives by the source's x, y and inverse depth.
-    carry = -first[:, None] * matrix[2, :3]
-    carry[:2] += matrix[:2, :3]
-    carry[2, 2] += 1.0
-    carry /= depth
-    spread = np.einsum("ijn,kjn->ikn", source.covariances, carry)
-    covariance = np.einsum("ijn,jkn->ikn", carry, spread) + target.covariances
+    projection = -first[:, None] * matrix[2, :3]
+    projection[:2] += matrix[:2, :3]
+    projection[2, 2] += 1.0
+    projection /= depth
+    cross_covariance = np.einsum("ijn,kjn->ikn", source.covariances, projection)
+    covariance = np.einsum("ijn,jkn->ikn", projection, cross_covariance) + target.covariances
     covariance[2, 2] = np.where(known, covariance[2, 2], 1.0)
     covariance[2, :2] *= known
     factors = _cholesky(covariance)
     residuals = _whiten(factors, distance)
-    pull = np.where(ahead, _whiten_back(factors, residuals), 0.0)
-    spread[:, 2] *= known
-    points = source.points + np.einsum("ikn,kn->in", spread, pull)
+    weighted = np.where(ahead, _whiten_back(factors, residuals), 0.0)
+    cross_covariance[:, 2] *= known
+    points = source.points + np.einsum("ikn,kn->in", cross_covariance, weighted)
     squares = (residuals * residuals).sum(axis=0) + source.squares + target.squares
     squares = np.where(ahead, squares, BEHIND**2)
 
     # The jacobian at the likeliest points. A step moves a point in the target by turn (w x z + q dt).
     targets, _, depth = _project(matrix, points)
-    arms = points.copy()  # z
-    arms[2] = 1.0
-    arms[:, :forward] -= translation[:, None] * points[2, :forward]
-    arms[:, forward:] = rotation @ arms[:, forward:]
+    positions = points.copy()  # z
+    positions[2] = 1.0
+    positions[:, :forward] -= translation[:, None] * points[2, :forward]
+    positions[:, forward:] = rotation @ positions[:, forward:]
     slopes = np.empty((3, 3, count))
     for part, turn in ((slice(0, forward), back), (slice(forward, None), -np.eye(3))):
         slopes[:2, :, part] = turn[:2, :, None]
@@ -257,10 +257,10 @@ def stereo_residuals(
     slopes = _whiten(factors, slopes)
     across = np.empty((3, 3, count))
     for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
-        across[:, i] = arms[j] * slopes[:, k] - arms[k] * slopes[:, j]
+        across[:, i] = positions[j] * slopes[:, k] - positions[k] * slopes[:, j]
     jacobian = np.concatenate([slopes * points[2], across], axis=1).transpose(1, 0, 2)
-    known_by_target = _whiten(factors, spread[2])
-    variances = np.maximum(source.covariances[2, 2] - (known_by_target * known_by_target).sum(axis=0), 0.0)
+    reduction = _whiten(factors, cross_covariance[2])
+    variances = np.maximum(source.covariances[2, 2] - (reduction * reduction).sum(axis=0), 0.0)
     return StereoResiduals(residuals, jacobian, squares, points, targets, slopes, variances)
 
 

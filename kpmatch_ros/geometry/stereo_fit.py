@@ -38,7 +38,7 @@ class Fit:
 
     rotation: np.ndarray
     translation: np.ndarray
-    left: StereoResiduals
+    residuals: StereoResiduals
     cutoffs: np.ndarray  # (n,) cutoffs of Tukey's loss, squared pixels
     cost: float
 
@@ -65,10 +65,11 @@ class FramePair:
     @classmethod
     def of(cls, reference: StereoPoints, current: StereoPoints) -> FramePair:
         """The pair from the same points in two frames."""
-        forward, backward = np.flatnonzero(reference.deep), np.flatnonzero(current.deep & ~reference.deep)
+        forward = np.flatnonzero(reference.has_depth)
+        backward = np.flatnonzero(current.has_depth & ~reference.has_depth)
         source = reference.select(forward).joined(current.select(backward))
         target = current.select(forward).joined(reference.select(backward))
-        return cls(source, target, len(forward), np.concatenate([forward, backward]), 3 + 2 * target.deep)
+        return cls(source, target, len(forward), np.concatenate([forward, backward]), 3 + 2 * target.has_depth)
 
     @cached_property
     def sample(self) -> FramePair:
@@ -82,8 +83,8 @@ class FramePair:
 
     def evaluate(self, rotation: np.ndarray, translation: np.ndarray, cutoffs: np.ndarray) -> Fit:
         """The residuals of a motion."""
-        left = stereo_residuals(self.source, self.target, self.forward, rotation, translation)
-        return Fit(rotation, translation, left, cutoffs, tukey_cost(left.squares, cutoffs))
+        residuals = stereo_residuals(self.source, self.target, self.forward, rotation, translation)
+        return Fit(rotation, translation, residuals, cutoffs, tukey_cost(residuals.squares, cutoffs))
 
     def fit(self, starts: list[Start], inlier_threshold: float, resolution: float) -> Fit:
         """The best start, refined with the noise estimated from its residuals."""
@@ -92,10 +93,10 @@ class FramePair:
         fits: list[Fit] = []
         for start in starts:
             fits.append(sample.minimise(sample.evaluate(*start, wide), 4, _ROUGHLY))
-            if (fits[-1].left.squares < wide).mean() > _EXPLAINED:
+            if (fits[-1].residuals.squares < wide).mean() > _EXPLAINED:
                 break
         if sample.source.is_distant(inlier_threshold).mean() > _FAR:
-            # RANSAC returns a translation of any length. From a long one, the steps towards the right one are short.
+            # RANSAC returns a translation of any length. From a long one, the steps towards the correct one are short.
             turned = sample.evaluate(min(fits, key=lambda fit: fit.cost).rotation, np.zeros(3), wide)
             turned = sample.minimise(turned, 4, _ROUGHLY, rotation_only=True)
             fits.append(sample.minimise(turned, 8, _ROUGHLY))
@@ -105,8 +106,10 @@ class FramePair:
             if pair is not before:
                 fit = pair.evaluate(fit.rotation, fit.translation, np.ones(len(pair.order)))
             before = pair
-            cutoffs = _cutoffs(pair.conditions, pair.noise(fit.left.squares, inlier_threshold, resolution))
-            fit = pair.minimise(replace(fit, cutoffs=cutoffs, cost=tukey_cost(fit.left.squares, cutoffs)), 10, settled)
+            cutoffs = _cutoffs(pair.conditions, pair.noise(fit.residuals.squares, inlier_threshold, resolution))
+            fit = pair.minimise(
+                replace(fit, cutoffs=cutoffs, cost=tukey_cost(fit.residuals.squares, cutoffs)), 10, settled
+            )
         return fit
 
     def noise(self, squares: np.ndarray, inlier_threshold: float, resolution: float) -> float:
@@ -122,8 +125,8 @@ class FramePair:
         free = slice(3, 6) if rotation_only else slice(0, 6)
         damping = 1e-4
         for _ in range(iterations):
-            weights = np.maximum(1 - fit.left.squares / fit.cutoffs, 0) ** 2
-            hessian, gradient = normal_equations(fit.left, weights)
+            weights = np.maximum(1 - fit.residuals.squares / fit.cutoffs, 0) ** 2
+            hessian, gradient = normal_equations(fit.residuals, weights)
             hessian, gradient = hessian[free, free], gradient[free]
             diagonal = hessian.diagonal() + 1e-9 * hessian.trace() + TINY
             for _ in range(6):
@@ -143,8 +146,8 @@ class FramePair:
         return fit
 
     def agrees(self, fit: Fit, inlier_threshold: float) -> np.ndarray:
-        """Mask (n,) of points within the threshold (pixels) in every image, and in front or too far to tell."""
-        found = fit.left
+        """Mask (n,) of points within the threshold (pixels) in every image, in front or with an uncertain depth."""
+        found = fit.residuals
         distances = [self.source.distances(found.points), self.target.distances(found.targets)]
         near = np.asarray((found.squares < BEHIND) & (np.max(distances, axis=(0, 1)) < inlier_threshold))
         doubtful = np.flatnonzero(near & (found.points[2] <= 0))
@@ -161,10 +164,10 @@ class FramePair:
         return near
 
 
-def normal_equations(left: StereoResiduals, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def normal_equations(residuals: StereoResiduals, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The Gauss-Newton Hessian (6, 6) and the gradient (6,)."""
-    weighted = (left.jacobian * weights).reshape(6, -1)
-    return weighted @ left.jacobian.reshape(6, -1).T, weighted @ left.residuals.ravel()
+    weighted = (residuals.jacobian * weights).reshape(6, -1)
+    return weighted @ residuals.jacobian.reshape(6, -1).T, weighted @ residuals.whitened.ravel()
 
 
 def _cutoffs(conditions: np.ndarray, noise: float) -> np.ndarray:

@@ -11,9 +11,9 @@ from scipy.special import fdtrc
 from kpmatch_ros.geometry.camera import BEHIND
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
+    ENOUGH_INLIERS,
     FALSE_ALARM_RATE,
-    LOOSELY,
-    MANY_WRONG,
+    LOOSE,
     SMALLEST_CURVATURE,
     SMALLEST_SAMPLE,
     TINY,
@@ -26,7 +26,7 @@ from kpmatch_ros.geometry.robust import (
     log_false_alarms,
     without_copies,
 )
-from kpmatch_ros.geometry.sandwich import left_out, student_factor, whitening_axes
+from kpmatch_ros.geometry.sandwich import leave_one_out, student_factor, whitening_axes
 from kpmatch_ros.geometry.stereo_camera import StereoCamera, check_stereo_camera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints, as_pixels
 from kpmatch_ros.geometry.stereo_fit import SEARCH_THRESHOLD, SETTLED, Fit, FramePair, Start, normal_equations
@@ -39,13 +39,13 @@ _SEARCH_ITERATIONS = 1000
 
 _CERTAIN = 30.0  # standard deviations from zero beyond which a translation needs no test
 
-_ALIKE = 6  # matches: weight of the covariance under equal errors
+_EQUAL_ERRORS_WEIGHT = 6  # matches: weight of the covariance under equal errors
 
 # Errors that the given standard deviations do not include, equal for all points, in medians of these deviations. For
 # matches rendered at 160 x 120 pixels, those with a third of the median deviation had twice the stated error.
-_UNTOLD = 0.5
+_UNMODELLED = 0.5
 
-_BENT = 0.1  # error of a point's depth, relative to the depth
+_LARGEST_DEPTH_ERROR = 0.1  # error of a point's depth, relative to the depth
 _WEAK = 1e-6  # information, in squared pixels, which keeps the covariance finite
 
 _FARTHEST = 1e-4  # inverse metres: a start uses no points further away
@@ -101,7 +101,7 @@ def estimate_stereo_motion(
 
     Returns:
         The pose, or the reason why there is none. With NO_TRANSLATION, the covariance is that of the estimate whose
-        translation could not be told from zero.
+        translation could not be distinguished from zero.
 
     Raises:
         ValueError: an array has another shape, or a parameter is out of range.
@@ -140,8 +140,8 @@ def estimate_stereo_motion(
     ]
     usable = frames[0].seen & frames[1].seen
     frames = [frame.select(np.flatnonzero(usable)) for frame in frames]
-    deep = frames[0].deep | frames[1].deep
-    if len(deep) < required or deep.sum() < SMALLEST_SAMPLE:
+    has_depth = frames[0].has_depth | frames[1].has_depth
+    if len(has_depth) < required or has_depth.sum() < SMALLEST_SAMPLE:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
 
     # A point without a depth fits any small translation. It has little information on the translation, but biases the
@@ -153,11 +153,11 @@ def estimate_stereo_motion(
     chances = np.full(len(inliers), epipolar_chance(camera0.left, inlier_threshold))
     if log_false_alarms(inliers, chances, 3) > math.log(FALSE_ALARM_RATE):
         return RelativePose.undefined(PoseStatus.FAILED, total)
-    if inliers.sum() < required or (inliers & deep).sum() < SMALLEST_SAMPLE:
+    if inliers.sum() < required or (inliers & has_depth).sum() < SMALLEST_SAMPLE:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
 
     covariance, variance, freedom = _covariance(pair, fit, keypoint_resolution)
-    effect = design_effect(fit.left.squares < fit.cutoffs, independent_points)
+    effect = design_effect(fit.residuals.squares < fit.cutoffs, independent_points)
     covariance, variance = effect * covariance, effect * variance
     status, estimate = PoseStatus.OK, None
     moves = _moves_by_depth(pair, fit, variance, effect)
@@ -170,7 +170,7 @@ def estimate_stereo_motion(
             mask[usable] = inliers = _agrees(frames, pair, fit, inlier_threshold)
             if inliers.sum() < required:
                 return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
-    if _is_free(pair, fit, variance, status is PoseStatus.NO_TRANSLATION) or _is_bent(pair, fit, variance):
+    if _is_degenerate(pair, fit, variance, status is PoseStatus.NO_TRANSLATION) or _is_nonlinear(pair, fit, variance):
         return RelativePose.undefined(PoseStatus.FAILED, total, mask)
     if status is PoseStatus.OK:
         other = _other_motion(frames, pair, inliers, (camera0, camera1), inlier_threshold, keypoint_resolution)
@@ -203,7 +203,7 @@ def _triangulate(
     points = StereoPoints.of(left, right, camera, shared)
     front = (points.points[2] > 0) | points.is_distant(inlier_threshold)
     return points.without_depth(
-        points.deep & ~(front & (points.distances(points.points).sum(axis=0) < inlier_threshold))
+        points.has_depth & ~(front & (points.distances(points.points).sum(axis=0) < inlier_threshold))
     )
 
 
@@ -216,18 +216,18 @@ def _other_motion(
     resolution: float,
 ) -> Motion | None:
     """The motion that many of the other matches agree on, if fewer than half are inliers; otherwise None."""
-    if inliers.mean() >= MANY_WRONG:  # the usual case
+    if inliers.mean() >= ENOUGH_INLIERS:  # the usual case
         return None
     still = lengths(rotation_residuals(_matches(frames, np.arange(len(inliers))), np.eye(3))) < inlier_threshold
     scene = (
         inliers | ~still if still.sum() <= inliers.sum() else np.ones(len(inliers), bool)
     )  # without the robot's own body
-    if inliers[scene].mean() >= MANY_WRONG:
+    if inliers[scene].mean() >= ENOUGH_INLIERS:
         return None
     rest = [frame.select(np.flatnonzero(scene & ~inliers)) for frame in frames]
-    if (rest[0].deep | rest[1].deep).sum() < SMALLEST_SAMPLE:
+    if (rest[0].has_depth | rest[1].has_depth).sum() < SMALLEST_SAMPLE:
         return None
-    threshold = LOOSELY * inlier_threshold
+    threshold = LOOSE * inlier_threshold
     other = FramePair.of(rest[0], rest[1])
     fit = other.fit(_search(other, cameras, threshold), threshold, resolution)
     agreeing = _agrees(rest, other, fit, threshold)
@@ -238,10 +238,10 @@ def _other_motion(
     return Motion(fit.rotation, fit.translation)
 
 
-def _is_free(pair: FramePair, fit: Fit, variance: float, rotation_only: bool) -> bool:
+def _is_degenerate(pair: FramePair, fit: Fit, variance: float, rotation_only: bool) -> bool:
     """Whether the points leave the motion, or its rotation, undetermined, given the variance of the noise."""
-    used = fit.left.squares < fit.cutoffs
-    if not fit.left.determine(used, variance, rotation_only):
+    used = fit.residuals.squares < fit.cutoffs
+    if not fit.residuals.determine(used, variance, rotation_only):
         return True
     # Noise moves points off their line, which looks as if the rotation about this line were visible.
     forward = np.arange(len(used)) < pair.forward
@@ -258,7 +258,7 @@ def _moves_by_depth(pair: FramePair, fit: Fit, variance: float, effect: float) -
     The likelihood ratio treats the inverse depths as free parameters. If they are only noise, a large translation fits
     them to the noise of the displacements, and the ratio claims a translation that is not there. The depths of the
     points under a pure rotation do not depend on the residuals. With these depths fixed, the ratio has an F
-    distribution, whatever the depths' noise (Rao's score test).
+    distribution for any noise of the depths (Rao's score test).
 
     Args:
         pair: the points.
@@ -266,16 +266,16 @@ def _moves_by_depth(pair: FramePair, fit: Fit, variance: float, effect: float) -
         variance: lower bound of the variance of the keypoints' noise, squared pixels.
         effect: number of matches per independent match.
     """
-    still = pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs).left
-    used = (fit.left.squares < fit.cutoffs) & (still.squares < BEHIND)
-    jacobian, residuals = still.jacobian[..., used].reshape(6, -1), still.residuals[:, used].ravel()
-    left = [_unexplained(part, residuals) for part in (jacobian[3:], jacobian)]
+    still = pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs).residuals
+    used = (fit.residuals.squares < fit.cutoffs) & (still.squares < BEHIND)
+    jacobian, residuals = still.jacobian[..., used].reshape(6, -1), still.whitened[:, used].ravel()
+    unexplained = [_unexplained(part, residuals) for part in (jacobian[3:], jacobian)]
     freedom = max(int((pair.conditions[used] + 1).sum() // 2) - 6, 1)
-    variance = max(variance, effect * left[1] / freedom)
-    return bool(fdtrc(3, freedom, max(left[0] - left[1], 0.0) / variance / 3) < FALSE_ALARM_RATE)
+    variance = max(variance, effect * unexplained[1] / freedom)
+    return bool(fdtrc(3, freedom, max(unexplained[0] - unexplained[1], 0.0) / variance / 3) < FALSE_ALARM_RATE)
 
 
-def _is_bent(pair: FramePair, fit: Fit, variance: float) -> bool:
+def _is_nonlinear(pair: FramePair, fit: Fit, variance: float) -> bool:
     """Whether the motion brings most points so much closer that their residuals are not linear in the depth errors.
 
     The residuals are those of least squares if the errors of the depths are small in both frames, relative to the
@@ -283,9 +283,9 @@ def _is_bent(pair: FramePair, fit: Fit, variance: float) -> bool:
     """
     forward = np.arange(len(pair.order)) < pair.forward
     ahead = np.where(forward, -fit.translation @ fit.rotation[:, 2], fit.translation[2])
-    nearness = np.maximum(1 + ahead * fit.left.points[2], TINY)
+    nearness = np.maximum(1 + ahead * fit.residuals.points[2], TINY)
     errors = np.abs(ahead) * np.sqrt(variance * pair.source.covariances[2, 2]) / nearness
-    return bool(np.median(errors[fit.left.squares < fit.cutoffs]) > _BENT)
+    return bool(np.median(errors[fit.residuals.squares < fit.cutoffs]) > _LARGEST_DEPTH_ERROR)
 
 
 def _covariance(pair: FramePair, fit: Fit, resolution: float) -> tuple[np.ndarray, float, int]:
@@ -297,67 +297,68 @@ def _covariance(pair: FramePair, fit: Fit, resolution: float) -> tuple[np.ndarra
         covariance (6, 6) of translation and rotation; the variance, squared pixels, that costs are divided by in a
         test; degrees of freedom.
     """
-    squares = fit.left.squares
+    squares = fit.residuals.squares
     used = squares < fit.cutoffs
     # Conditions of the motion only. The distances from the epipolar lines within a frame carry no information on it.
     conditions, share = (pair.conditions[used] + 1) // 2, squares[used] / fit.cutoffs[used]
-    jacobian, residuals = fit.left.jacobian[..., used], fit.left.residuals[:, used]
+    jacobian, residuals = fit.residuals.jacobian[..., used], fit.residuals.whitened[:, used]
     moved = (residuals**2).sum(axis=0)
     freedom = max(int(conditions.sum()) - 6, 1)
-    spread = float(((1 - share) ** 4 * moved).sum()) / freedom
-    bends = (1 - share) ** 2 - 4 * moved / (fit.cutoffs[used] * conditions) * (1 - share)
-    curvature = max(float((conditions * bends).sum()) / max(conditions.sum(), 1), SMALLEST_CURVATURE)
+    observed = float(((1 - share) ** 4 * moved).sum()) / freedom
+    loss_curvatures = (1 - share) ** 2 - 4 * moved / (fit.cutoffs[used] * conditions) * (1 - share)
+    curvature = max(float((conditions * loss_curvatures).sum()) / max(conditions.sum(), 1), SMALLEST_CURVATURE)
     # The left and right image round a point's row in the same way, so two residuals are one with twice the variance.
     rounding = resolution**2 / 6
-    variance = max(spread / curvature**2, TINY)
+    variance = max(observed / curvature**2, TINY)
 
-    weights, slopes = (1 - share) ** 2, -4 * (1 - share) / fit.cutoffs[used]  # of the loss, and of its weight
+    weights, weight_slopes = (1 - share) ** 2, -4 * (1 - share) / fit.cutoffs[used]  # of the loss, and of its weight
     gradients = (jacobian * residuals).sum(axis=1)
-    hessian = (jacobian * weights).reshape(6, -1) @ jacobian.reshape(6, -1).T + (gradients * slopes) @ gradients.T
+    hessian = (jacobian * weights).reshape(6, -1) @ jacobian.reshape(6, -1).T
+    hessian += (gradients * weight_slopes) @ gradients.T
     # The jacobian by the translation is a multiple of the inverse depth. Therefore a product of two contains the square
     # of the estimated inverse depth, including its noise. Without this correction, the noise of a far point's depth
     # would count as depth.
-    noise = fit.left.slopes[..., used].transpose(1, 0, 2)
-    noise_bends = max(variance, rounding) * bends * fit.left.depth_variances[used]
-    hessian[:3, :3] -= (noise * noise_bends).reshape(3, -1) @ noise.reshape(3, -1).T
-    axes, curvatures = whitening_axes(normal_equations(fit.left, used.astype(np.float64))[0], hessian, _WEAK)
+    noise = fit.residuals.slopes[..., used].transpose(1, 0, 2)
+    noise_curvatures = max(variance, rounding) * loss_curvatures * fit.residuals.depth_variances[used]
+    hessian[:3, :3] -= (noise * noise_curvatures).reshape(3, -1) @ noise.reshape(3, -1).T
+    axes, curvatures = whitening_axes(normal_equations(fit.residuals, used.astype(np.float64))[0], hessian, _WEAK)
     axes = axes / np.sqrt(curvatures)  # in these axes, the whole Hessian is the identity
-    arms, pulls = np.einsum("ij,ikn->jkn", axes, jacobian), axes.T @ gradients
-    pulls = left_out(pulls, arms, weights, slopes)
-    scatter = max(rounding / variance, 1.0) * student_factor(pulls) * pulls @ pulls.T
+    whitened = np.einsum("ij,ikn->jkn", axes, jacobian)
+    gradients = leave_one_out(axes.T @ gradients, whitened, weights, weight_slopes)
+    scatter = max(rounding / variance, 1.0) * student_factor(gradients) * gradients @ gradients.T
     # Few matches count as if all errors were equal, because vanishing or few gradients do not determine all directions.
-    alike, count = max(spread / curvature, rounding, TINY), len(share)
-    scatter = (count * scatter + _ALIKE * alike * np.eye(6)) / (count + _ALIKE)
+    equal_variance, count = max(observed / curvature, rounding, TINY), len(share)
+    scatter = (count * scatter + _EQUAL_ERRORS_WEIGHT * equal_variance * np.eye(6)) / (count + _EQUAL_ERRORS_WEIGHT)
     covariance = axes @ scatter @ axes.T
-    return (covariance + covariance.T) / 2, alike, freedom
+    return (covariance + covariance.T) / 2, equal_variance, freedom
 
 
 def _unexplained(jacobian: np.ndarray, residuals: np.ndarray) -> float:
     """Sum of squares of residuals (m,) that no combination of a jacobian's rows (p, m) explains."""
-    pull = jacobian @ residuals
-    return float(residuals @ residuals - pull @ np.linalg.lstsq(jacobian @ jacobian.T, pull, rcond=None)[0])
+    gradient = jacobian @ residuals
+    return float(residuals @ residuals - gradient @ np.linalg.lstsq(jacobian @ jacobian.T, gradient, rcond=None)[0])
 
 
 def _agrees(frames: list[StereoPoints], pair: FramePair, fit: Fit, inlier_threshold: float) -> np.ndarray:
-    """Mask (n,) of points within the threshold (pixels) in every image, and in front or too far to tell."""
-    found = np.zeros(len(frames[0].deep), dtype=bool)
+    """Mask (n,) of points within the threshold (pixels) in every image, in front or with an uncertain depth."""
+    found = np.zeros(len(frames[0].has_depth), dtype=bool)
     found[pair.order] = pair.agrees(fit, inlier_threshold)
-    bare = np.flatnonzero(~(frames[0].deep | frames[1].deep))
-    if len(bare):
-        matches = _matches(frames, bare)
+    without_depth = np.flatnonzero(~(frames[0].has_depth | frames[1].has_depth))
+    if len(without_depth):
+        matches = _matches(frames, without_depth)
         length = float(np.linalg.norm(fit.translation))
         if length > TINY:
             motion = Motion(fit.rotation, fit.translation / length)
-            found[bare] = agrees(matches, motion, inlier_threshold / math.sqrt(2))
+            found[without_depth] = agrees(matches, motion, inlier_threshold / math.sqrt(2))
         else:
             distances = lengths(rotation_residuals(matches, fit.rotation))
-            found[bare] = distances < inlier_threshold / math.sqrt(2)
+            found[without_depth] = distances < inlier_threshold / math.sqrt(2)
     return found
 
 
 def _matches(frames: list[StereoPoints], chosen: np.ndarray) -> Matches:
     """The points at these indices, as matches of the left images of two frames."""
-    rays = [np.concatenate([frame.rays, np.ones((1, len(frame.deep)))]) for frame in frames]
+    rays = [np.concatenate([frame.rays, np.ones((1, len(frame.has_depth)))]) for frame in frames]
     return Matches(np.array([*rays, *(frame.noise for frame in frames)])).select(chosen)
 
 
@@ -368,15 +369,15 @@ def _search(pair: FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_
     backward = sample.forward < len(sample.order) / 2
     part = slice(sample.forward, None) if backward else slice(0, sample.forward)
     points, rays, camera = sample.source.points[:, part], sample.target.rays[:, part], cameras[int(backward)]
-    deep = points[2] > _FARTHEST
+    near = points[2] > _FARTHEST
     # A disparity below its error leaves the depth undetermined. A single point kilometres away shifts OpenCV's final
     # estimate from all inliers (EPnP) by metres. If there are no closer points, these still give the rotation.
     disparities = camera.left.focal * camera.baseline * points[2]
-    if (certain := deep & (disparities > inlier_threshold)).sum() >= SMALLEST_SAMPLE:
-        deep = certain
-    if deep.sum() < 4:
+    if (certain := near & (disparities > inlier_threshold)).sum() >= SMALLEST_SAMPLE:
+        near = certain
+    if near.sum() < 4:
         return starts
-    points, rays = points[:, deep], rays[:, deep]
+    points, rays = points[:, near], rays[:, near]
     try:
         found, turn, shift, _ = cv2.solvePnPRansac(
             np.ascontiguousarray((np.concatenate([points[:2], np.ones((1, points.shape[1]))]) / points[2]).T),
@@ -399,6 +400,6 @@ def _search(pair: FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_
 
 
 def _relative(sigmas: np.ndarray, count: int) -> np.ndarray:
-    """Standard deviations (count,) relative to their median, with _UNTOLD added in quadrature."""
+    """Standard deviations (count,) relative to their median, with _UNMODELLED added in quadrature."""
     sigmas = check_sigmas(sigmas, count)
-    return np.sqrt(((sigmas / np.median(sigmas)) ** 2 + _UNTOLD**2) / (1 + _UNTOLD**2)) if count else sigmas
+    return np.sqrt(((sigmas / np.median(sigmas)) ** 2 + _UNMODELLED**2) / (1 + _UNMODELLED**2)) if count else sigmas

@@ -34,8 +34,8 @@ _SMALLEST_DEPTH = 1e-3  # relative to the length of the ray
 _DAMPING = 1e-9  # of an inverse depth
 _ROUNDING = 1e-6  # smallest determinant over the product of the diagonal, in float32; well-seen points have >= 0.15
 _CUTOFF = float(chdtri(1, 1e-2))  # a point's mean square beyond which its weight for the motion decreases
-_ENOUGH = 250  # largest number of points that the motion is fitted to
-_TOLD = 10.0  # standard deviations of the points' common depth, above which it is not noise
+_MOST_POINTS = 250  # largest number of points that the motion is fitted to
+_SIGNIFICANT = 10.0  # standard deviations of the points' common depth, above which it is not noise
 _LATEST = FRAMES // 2  # latest cameras, which are kept even if the camera stood still
 
 
@@ -111,7 +111,7 @@ class Structure:
             metric: whether the length of the translation is known, in the unit of the window. Otherwise it is fitted.
         """
         rotation, translation = motion[0].T, -motion[0].T @ motion[1]
-        part = seen[:, :, np.random.default_rng(0).permutation(seen.shape[2])[:_ENOUGH]]
+        part = seen[:, :, np.random.default_rng(0).permutation(seen.shape[2])[:_MOST_POINTS]]
         before, scaled = _landmarks(window, part[:-1], noise), True
         # Without depths, a translation fitted to noise would produce depths from this noise.
         free = 3 if before is None else 6
@@ -121,10 +121,10 @@ class Structure:
         cameras = window.join(rotation, translation)
         landmarks = triangulate(cameras, part, reference=-2)[0]
         for _ in range(_ITERATIONS):
-            whole, slope, steps, carried = motion_equations(cameras, landmarks, part, _CUTOFF * noise * noise)
+            hessian, gradient, steps, coupling = motion_equations(cameras, landmarks, part, _CUTOFF * noise * noise)
             step = np.zeros(6)
-            step[:free] = -np.linalg.lstsq(whole[:free, :free], slope[:free], rcond=1e-9)[0]
-            landmarks = landmarks + steps - np.einsum("act,c->at", carried, step)
+            step[:free] = -np.linalg.lstsq(hessian[:free, :free], gradient[:free], rcond=1e-9)[0]
+            landmarks = landmarks + steps - np.einsum("act,c->at", coupling, step)
             rotation = cv2.Rodrigues(step[:3].reshape(3, 1))[0] @ rotation
             translation = translation + step[3:]
             cameras = window.join(rotation, translation)
@@ -186,7 +186,7 @@ def triangulate(
     seen: np.ndarray,
     reference: int = -1,
     prior: np.ndarray | float = 0.0,
-    information: np.ndarray | float = 0.0,
+    prior_information: np.ndarray | float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Depths of points by linear least squares.
 
@@ -195,22 +195,24 @@ def triangulate(
         seen: (F, 5, T) sights; those of the reference frame are known.
         reference: index of the reference frame.
         prior: (T,) expected 1/z.
-        information: (T,) variance of the noise over the variance of the expected 1/z.
+        prior_information: (T,) variance of the noise over the variance of the expected 1/z.
 
     Returns:
         (3, T) x/z, y/z and 1/z in the reference's frame, and (T,) variance of the noise over the variance of this 1/z.
     """
     x, y = seen[reference, :2]
     if compiled.available() and seen.dtype == np.float32:
-        inverse, known = compiled.triangulate(cameras, seen, reference, prior, information)
-        return np.stack([x, y, inverse]), known
-    known, rays, factors = _known(seen)
+        inverse, information = compiled.triangulate(cameras, seen, reference, prior, prior_information)
+        return np.stack([x, y, inverse]), information
+    observed, rays, factors = _observed(seen)
     cameras = cameras.like(seen)
     turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])
-    along = _whitened(factors, (cameras.translations[:, :2, None] - rays * cameras.translations[:, 2:, None]) * known)
+    shifts = cameras.translations[:, :2, None] - rays * cameras.translations[:, 2:, None]
+    along = _whitened(factors, shifts * observed)
     apart = _whitened(factors, rays * turned[:, 2:] - turned[:, :2])
-    top, bottom = np.einsum("fit,fit->t", along, apart), np.einsum("fit,fit->t", along, along) + information
-    return np.stack([x, y, (top + prior * information) / np.maximum(bottom, TINY)]), bottom
+    information = np.einsum("fit,fit->t", along, along) + prior_information
+    weighted = np.einsum("fit,fit->t", along, apart) + prior * prior_information
+    return np.stack([x, y, weighted / np.maximum(information, TINY)]), information
 
 
 def motion_equations(
@@ -237,11 +239,11 @@ def motion_equations(
     return normal.of_motion(1 / (1 + normal.squares / (cutoff * _freedom(seen))) ** 2)
 
 
-def _known(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mask (F, 1, T) of the known sights (F, 5, T), and the rays and whitening factors, 0 where unknown."""
-    known = np.isfinite(seen[:, :1])
-    parts = np.where(known, seen, 0.0)
-    return known, parts[:, :2], parts[:, 2:]
+def _observed(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mask (F, 1, T) of the observed sights (F, 5, T), and the rays and whitening factors, 0 where unknown."""
+    observed = np.isfinite(seen[:, :1])
+    parts = np.where(observed, seen, 0.0)
+    return observed, parts[:, :2], parts[:, 2:]
 
 
 def _whitened(factors: np.ndarray, residuals: np.ndarray) -> np.ndarray:
@@ -266,11 +268,11 @@ def _landmarks(window: Window, seen: np.ndarray, noise: float) -> np.ndarray | N
 
     If the camera only turned or stood still, its positions differ by noise alone.
     """
-    (_, _, inverse), known = triangulate(window, seen)
-    middle = _median(inverse, known)
-    if not middle * np.sqrt(known.sum()) > _TOLD * noise:
+    (_, _, inverse), information = triangulate(window, seen)
+    middle = _median(inverse, information)
+    if not middle * np.sqrt(information.sum()) > _SIGNIFICANT * noise:
         return None
-    return triangulate(window, seen, prior=middle, information=(noise / middle) ** 2)[0]
+    return triangulate(window, seen, prior=middle, prior_information=(noise / middle) ** 2)[0]
 
 
 def _length(landmarks: np.ndarray, seen: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float | None:
@@ -278,10 +280,10 @@ def _length(landmarks: np.ndarray, seen: np.ndarray, rotation: np.ndarray, trans
     x, y, inverse = landmarks
     turned, rays, factors = rotation @ np.stack([x, y, np.ones_like(x)]), seen[:2], seen[2:]
     along = _whitened(factors, translation[:2, None] - rays * translation[2])
-    wanted = (_whitened(factors, rays * turned[2] - turned[:2]) * along).sum(axis=0)
-    given = (along * along).sum(axis=0) * inverse
-    weights = np.abs(given)
-    scale = _median(wanted / np.where(weights > TINY, given, np.inf), weights)
+    numerators = (_whitened(factors, rays * turned[2] - turned[:2]) * along).sum(axis=0)
+    denominators = (along * along).sum(axis=0) * inverse
+    weights = np.abs(denominators)
+    scale = _median(numerators / np.where(weights > TINY, denominators, np.inf), weights)
     return scale if scale > 0 else None
 
 
@@ -317,14 +319,14 @@ class _Normal(NamedTuple):
     @classmethod
     def of(cls, cameras: Window, landmarks: np.ndarray, seen: np.ndarray) -> _Normal:
         """The equations of sights (F, 5, T) of landmarks (3, T)."""
-        known, given, factors = _known(seen)
+        observed, given, factors = _observed(seen)
         cameras, (x, y, inverse) = cameras.like(seen), landmarks
         turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])  # (F, 3, T)
         moved = turned + cameras.translations[:, :, None] * inverse
         depth = np.maximum(moved[:, 2:], _SMALLEST_DEPTH)
         where = moved[:, :2] / depth
-        residuals = _whitened(factors, (where - given) * known)
-        nearness = known / depth  # (F, 1, T)
+        residuals = _whitened(factors, (where - given) * observed)
+        nearness = observed / depth  # (F, 1, T)
         directions = [*cameras.rotations[:, :, :2].transpose(2, 0, 1), cameras.translations]
         jacobian = [
             _whitened(factors, (each[:, :2, None] - where * each[:, 2:, None]) * nearness) for each in directions
@@ -357,18 +359,21 @@ class _Normal(NamedTuple):
                 [y, -x, none, none, none, inverse],
             ]
         )
-        last = (moves[:2] - self.where[:, None] * moves[2]) * self.nearness  # (2, 6, T)
-        last = _whitened(self.factors, last.transpose(1, 0, 2)).transpose(1, 0, 2)
-        mixed = np.einsum("iat,ict->act", self.jacobian, last)
-        changes = np.einsum("abt,bct->act", self.inverse, mixed)
-        carried, weighted = changes * weights, last * weights
-        whole = np.einsum("ict,idt->cd", last, weighted) - np.einsum("act,adt->cd", mixed, carried)
-        slope = np.einsum("ict,it->c", weighted, self.residuals) - np.einsum("act,at->c", carried, self.gradient)
-        return whole, slope, self.points_step(self.gradient), changes
+        motion_jacobian = (moves[:2] - self.where[:, None] * moves[2]) * self.nearness  # (2, 6, T)
+        motion_jacobian = _whitened(self.factors, motion_jacobian.transpose(1, 0, 2)).transpose(1, 0, 2)
+        mixed = np.einsum("iat,ict->act", self.jacobian, motion_jacobian)
+        coupling = np.einsum("abt,bct->act", self.inverse, mixed)
+        weighted_coupling, weighted = coupling * weights, motion_jacobian * weights
+        # The Schur complement of the points.
+        hessian = np.einsum("ict,idt->cd", motion_jacobian, weighted)
+        hessian -= np.einsum("act,adt->cd", mixed, weighted_coupling)
+        gradient = np.einsum("ict,it->c", weighted, self.residuals)
+        gradient -= np.einsum("act,at->c", weighted_coupling, self.gradient)
+        return hessian, gradient, self.points_step(self.gradient), coupling
 
-    def points_step(self, slope: np.ndarray) -> np.ndarray:
+    def points_step(self, gradient: np.ndarray) -> np.ndarray:
         """(3, T) Gauss-Newton step of the points, from the gradient (3, T) of half the squares."""
-        return -np.einsum("abt,bt->at", self.inverse, slope)
+        return -np.einsum("abt,bt->at", self.inverse, gradient)
 
 
 def _inverse(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.ndarray, f: np.ndarray) -> np.ndarray:
@@ -384,5 +389,5 @@ def _inverse(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.n
         ]
     )
     determinant = a * adjoint[0, 0] + b * adjoint[0, 1] + c * adjoint[0, 2]
-    known = determinant > _ROUNDING * a * d * f
-    return np.where(known, adjoint / np.where(known, determinant, 1), 0)
+    regular = determinant > _ROUNDING * a * d * f
+    return np.where(regular, adjoint / np.where(regular, determinant, 1), 0)

@@ -1,8 +1,8 @@
-"""Motions that explain the same matches equally well, and tests that tell them apart.
+"""Motions that explain the same matches equally well, and tests that distinguish them.
 
 The points of one plane have two motions (Malis and Vargas, INRIA RR-6303, 2007). Both fit the epipolar constraint of
 every point. Points off the plane, points that one of the motions places behind a camera, and the prior (the motion of
-the preceding pair) can tell which one is right.
+the preceding pair) can show which one is correct.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Rival(NamedTuple):
     difference: float
 
     @property
-    def is_alike(self) -> bool:
-        """Whether the matches do not refute it.
+    def is_consistent(self) -> bool:
+        """Whether the matches are consistent with it too: they do not refute it.
 
         A correct rival is refuted with a probability of at most FALSE_ALARM_RATE.
         """
@@ -135,7 +135,7 @@ def _triples(count: int) -> np.ndarray:
 def _as_rotation(matrix: np.ndarray) -> np.ndarray | None:
     """The rotation closest to a result of OpenCV; None if it is not close to a rotation.
 
-    If the camera hardly moves or is close to the plane, OpenCV's result may have lost its precision.
+    If the camera moves very little or is close to the plane, OpenCV's result may have lost its precision.
     """
     error = np.abs(matrix @ matrix.T - np.eye(3)).max()
     if error < _ORTHONORMAL and np.linalg.det(matrix) > 0:
@@ -168,7 +168,7 @@ def rival_of(
         for motion in (chosen, other)
     )
     difference = own - others
-    # If the rival is right, the matches that it leaves unexplained are wrong. They agree with the chosen motion by
+    # If the rival is correct, the matches that it leaves unexplained are wrong. They agree with the chosen motion by
     # chance, and do not measure the variation of the others. One such match is allowed for.
     refuting = (difference > _REFUTING) & (others < _UNEXPLAINED)
     usual = difference[~refuting]

@@ -14,9 +14,9 @@ from scipy.special import chdtri
 from kpmatch_ros.geometry.camera import Camera, check_camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
+    ENOUGH_INLIERS,
     FALSE_ALARM_RATE,
-    LOOSELY,
-    MANY_WRONG,
+    LOOSE,
     SMALLEST_SAMPLE,
     check_options,
     check_sigmas,
@@ -67,7 +67,7 @@ _DEVIATIONS = 0.1 * 2.0 ** np.arange(7)  # standard deviations of the noise for 
 
 _ALLOWED = float(chdtri(5, 1e-3))  # squared Mahalanobis distance, five degrees of freedom
 
-_READINGS = 3  # most iterations with a rolling shutter; each uses the motion of the previous one
+_READOUT_ITERATIONS = 3  # most iterations with a rolling shutter; each uses the motion of the previous one
 _SETTLED = 1e-5  # radians: the iterations end when the rays turn by less
 
 # If the rotation explains a larger part of the matches, samples of five matches rarely hold two of the others.
@@ -105,8 +105,8 @@ def estimate_relative_pose(
     Matches that stand still in the image while the rest moves are outliers, like those on the robot's own body. If more
     matches stand still than move, the status is AMBIGUOUS, unless the prior decides. The status is also AMBIGUOUS if
     fewer than half of the matches agree and many of the others agree on another motion, as with repetitive structures.
-    Beyond these tests, two views cannot tell a translation from objects that move before a standing camera, or from a
-    calibration error that exceeds the noise.
+    Beyond these tests, two views cannot distinguish a translation from objects that move before a standing camera, or
+    from a calibration error that exceeds the noise.
 
     Args:
         points0: (M, 2) pixels in the reference image as received. NaN and infinity count as outliers.
@@ -193,14 +193,14 @@ def estimate_relative_pose(
     else:
         times = reading_times(points0[usable], points1[usable], camera0, camera1, readout)
         last = prior
-        for _ in range(_READINGS):
+        for _ in range(_READOUT_ITERATIONS):
             if last is not None:
                 problem = problem._replace(matches=read_at_once(matches, times, last, prior))
             solution = _estimate_either(deciding, problem)
             before, last = last, solution.motion
             if last is None or (before is not None and np.abs(distance(before, last)).max() * readout < _SETTLED):
                 break
-    inliers, doubted = (spread_out(mask, usable) for mask in (solution.inliers, solution.doubted))
+    inliers, undecided = (spread_out(mask, usable) for mask in (solution.inliers, solution.undecided))
     if solution.motion is None or solution.inliers is None:
         return RelativePose.undefined(solution.status, total, inliers)
     return RelativePose(
@@ -213,7 +213,7 @@ def estimate_relative_pose(
         num_inliers=int(solution.inliers.sum()),
         median_parallax=median_parallax(problem.matches.select(solution.inliers), solution.motion.rotation),
         inliers=inliers,
-        doubted=doubted,
+        undecided=undecided,
     )
 
 
@@ -232,21 +232,21 @@ def _estimate_by(decisive: np.ndarray, problem: Problem) -> Solution:
     """
     threshold, deciding = problem.inlier_threshold, problem.select(decisive)
     solution = _estimate(deciding)
-    motion, unbelieved = solution.motion, solution.unbelieved
+    motion, rejected = solution.motion, solution.rejected
     if motion is None or not solution.status.has_pose:
         return solution
     others = problem.matches.select(~decisive)
-    inliers, doubted = (spread_out(mask, decisive) for mask in (solution.inliers, solution.doubted))
+    inliers, undecided = (spread_out(mask, decisive) for mask in (solution.inliers, solution.undecided))
     assert inliers is not None
     if motion.translation.any():
         inliers[~decisive] = agrees(others, motion, threshold)
     else:
         inliers[~decisive] = lengths(rotation_residuals(others, motion.rotation)) < threshold
-    if doubted is not None and unbelieved is not None:
-        doubted[~decisive] = agrees(others, unbelieved, threshold) & ~inliers[~decisive]
-    if inliers.mean() < MANY_WRONG:
+    if undecided is not None and rejected is not None:
+        undecided[~decisive] = agrees(others, rejected, threshold) & ~inliers[~decisive]
+    if inliers.mean() < ENOUGH_INLIERS:
         solution = _check_rest(deciding, solution)
-    return solution._replace(inliers=inliers, doubted=doubted)
+    return solution._replace(inliers=inliers, undecided=undecided)
 
 
 def _estimate(problem: Problem) -> Solution:
@@ -258,7 +258,7 @@ def _estimate(problem: Problem) -> Solution:
         solution = _check_noise(problem, _solve(problem, body.candidates))
     else:
         solution = _solve_without(problem, body.mask, body.candidates)
-    if solution.status is PoseStatus.OK and _is_free(problem, solution):
+    if solution.status is PoseStatus.OK and _is_degenerate(problem, solution):
         return Solution(PoseStatus.FAILED)
     return solution
 
@@ -269,40 +269,41 @@ def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
     candidates = candidates or search_motions(matches, inlier_threshold, problem.normalised_threshold)
     starts = [np.eye(3)] + [candidate.rotation for candidate in candidates]
     rotation = fit_rotation_roughly(matches.sample(SAMPLE), starts, inlier_threshold)
-    turning = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
-    if turning.mean() > _MOSTLY_FAR:
-        candidates = candidates + search_translations(matches.select(~turning), rotation, inlier_threshold)
+    rotation_inliers = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
+    if rotation_inliers.mean() > _MOSTLY_FAR:
+        candidates = candidates + search_translations(matches.select(~rotation_inliers), rotation, inlier_threshold)
 
     fit = fit_motion(matches, candidates, inlier_threshold, resolution)
-    moving = np.zeros(len(matches), dtype=bool) if fit is None else agrees(matches, fit.motion, inlier_threshold)
-    if log_false_alarms(moving, np.full(len(matches), problem.chance), 5) > math.log(FALSE_ALARM_RATE):
+    none = np.zeros(len(matches), dtype=bool)
+    motion_inliers = none if fit is None else agrees(matches, fit.motion, inlier_threshold)
+    if log_false_alarms(motion_inliers, np.full(len(matches), problem.chance), 5) > math.log(FALSE_ALARM_RATE):
         fit = None
 
     # If even this rough rotation leaves far too much unexplained, a better rotation is not needed.
     noise = Noise(inlier_threshold, resolution)
     parallax = Parallax.NONE
-    if fit is not None and has_certain_parallax(matches, fit.motion, rotation, turning, noise):
+    if fit is not None and has_certain_parallax(matches, fit.motion, rotation, rotation_inliers, noise):
         parallax = Parallax.EVERYWHERE
     else:
         rotation = fit_rotation(matches, [rotation], inlier_threshold, resolution)
-        turning = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
-        noise = noise._replace(design_effect=design_effect(turning, problem.independent_points))
+        rotation_inliers = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
+        noise = noise._replace(design_effect=design_effect(rotation_inliers, problem.independent_points))
         if fit is not None:
-            parallax = find_parallax(matches, fit.motion, rotation, turning, noise)
+            parallax = find_parallax(matches, fit.motion, rotation, rotation_inliers, noise)
     if fit is not None and parallax is Parallax.EVERYWHERE:
         return _decide(problem, fit, rotation)
-    if turning.sum() < problem.required:
+    if rotation_inliers.sum() < problem.required:
         if fit is None:
             return Solution(PoseStatus.FAILED)
-        return Solution(PoseStatus.TOO_FEW_MATCHES, inliers=turning)
+        return Solution(PoseStatus.TOO_FEW_MATCHES, inliers=rotation_inliers)
     motion = Motion(rotation, np.zeros(3))
-    covariance, doubted, unbelieved = _rotation_covariance(matches, rotation, noise), None, None
+    covariance, undecided, rejected = _rotation_covariance(matches, rotation, noise), None, None
     if fit is not None and (
-        parallax is Parallax.IN_ONE_PLACE or may_have_parallax(matches, fit.motion, rotation, moving, noise)
+        parallax is Parallax.IN_ONE_PLACE or may_have_parallax(matches, fit.motion, rotation, motion_inliers, noise)
     ):  # if the translation is the camera's, the rotation is the fit's
         covariance[3:, 3:] += spread(motion, fit.motion)[3:, 3:]
-        doubted, unbelieved = moving & ~turning, fit.motion
-    return Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning, doubted, unbelieved)
+        undecided, rejected = motion_inliers & ~rotation_inliers, fit.motion
+    return Solution(PoseStatus.NO_TRANSLATION, motion, covariance, rotation_inliers, undecided, rejected)
 
 
 def _decide(problem: Problem, fit: Fit, rotation: np.ndarray) -> Solution:
@@ -319,10 +320,10 @@ def _decide(problem: Problem, fit: Fit, rotation: np.ndarray) -> Solution:
         again = fit_motion(matches, [fit.motion], inlier_threshold, problem.resolution)
         assert again is not None
         fit = again
-    moving = agrees(matches, fit.motion, inlier_threshold)
-    noise = Noise(inlier_threshold, problem.resolution, design_effect(moving, problem.independent_points))
+    motion_inliers = agrees(matches, fit.motion, inlier_threshold)
+    noise = Noise(inlier_threshold, problem.resolution, design_effect(motion_inliers, problem.independent_points))
     covariances = _motion_covariances(fit, noise)
-    decided, rivals = decide(matches, fit, covariances.alike, rotation, noise, problem.prior)
+    decided, rivals = decide(matches, fit, covariances.equal_errors, rotation, noise, problem.prior)
     if decided is not fit:
         fit, covariances = decided, _motion_covariances(decided, noise)
     inliers = agrees(problem.matches, fit.motion, problem.inlier_threshold)
@@ -353,7 +354,7 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
     if solution.motion is None or solution.inliers is None or solution.status not in agreed:
         return solution
     matches, threshold = problem.matches, problem.inlier_threshold
-    if solution.inliers.mean() > MANY_WRONG or problem.deviation(solution.motion) < _SHARP * threshold:
+    if solution.inliers.mean() > ENOUGH_INLIERS or problem.deviation(solution.motion) < _SHARP * threshold:
         return solution
     anywhere = threshold / problem.chance  # range of a wrong match's distance from its epipolar line, pixels
     deviations = threshold * _DEVIATIONS[:, None]
@@ -361,7 +362,7 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
     def evidence(motion: Motion) -> float:
         return float(gains(residual_sizes(matches, motion, threshold), deviations, anywhere).sum(axis=1).max())
 
-    best, value, doubts = solution, evidence(solution.motion), list[Motion]()
+    best, value, uncertain = solution, evidence(solution.motion), list[Motion]()
     for factor in _COARSER:
         # The given standard deviations are below the threshold and do not describe noise this large.
         coarser = problem.with_threshold(factor)._replace(sigmas=None)
@@ -371,14 +372,14 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
             continue
         coarse = _solve(coarser, [candidate, solution.motion])
         if coarse.status not in agreed:
-            doubts.append(candidate)
+            uncertain.append(candidate)
         elif coarse.motion is not None and evidence(coarse.motion) > value:
             best, value = coarse, evidence(coarse.motion)
     if best is solution or best.motion is None:
-        if not doubts:
+        if not uncertain:
             return solution
         # With the larger noise, the matches as a whole support another motion, but not with certainty.
-        covariance = solution.covariance + sum(spread(solution.motion, doubt) for doubt in doubts)
+        covariance = solution.covariance + sum(spread(solution.motion, other) for other in uncertain)
         return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
     motion = best.motion
     inliers = agrees(matches, motion, threshold)
@@ -398,17 +399,17 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
 def _check_rest(problem: Problem, solution: Solution) -> Solution:
     """The solution, or AMBIGUOUS if fewer than half of the matches agree with it and many others on another motion.
 
-    The matches cannot tell which of the two motions is right. The prior may.
+    The matches cannot show which of the two motions is correct. The prior may.
     """
     if solution.status is not PoseStatus.OK or solution.motion is None or solution.inliers is None:
         return solution
-    if solution.inliers.mean() >= MANY_WRONG:  # the usual case
+    if solution.inliers.mean() >= ENOUGH_INLIERS:  # the usual case
         return solution
     still = lengths(rotation_residuals(problem.matches, np.eye(3))) < problem.inlier_threshold
     scene = solution.inliers | ~still  # without the robot's own body
-    if solution.inliers[scene].mean() >= MANY_WRONG:
+    if solution.inliers[scene].mean() >= ENOUGH_INLIERS:
         return solution
-    rest = problem.select(scene & ~solution.inliers).with_threshold(LOOSELY)
+    rest = problem.select(scene & ~solution.inliers).with_threshold(LOOSE)
     candidates = search_motions(rest.matches, rest.inlier_threshold, rest.normalised_threshold, 1)
     other = best_candidate(rest.matches, candidates, rest.inlier_threshold)
     if other is None:
@@ -423,7 +424,7 @@ def _check_rest(problem: Problem, solution: Solution) -> Solution:
     return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
 
 
-def _is_free(problem: Problem, solution: Solution) -> bool:
+def _is_degenerate(problem: Problem, solution: Solution) -> bool:
     """Whether the inliers leave the motion undetermined: on one line in both images, or one point in either image."""
     assert solution.motion is not None and solution.inliers is not None
     agreeing = problem.select(solution.inliers)
@@ -446,8 +447,8 @@ def _solve_without(problem: Problem, own_body: np.ndarray, candidates: list[Moti
     if solution.inliers is None:
         return solution
     num_inliers = solution.inliers.sum()
-    inliers, doubted = (spread_out(mask, ~own_body) for mask in (solution.inliers, solution.doubted))
-    solution = solution._replace(inliers=inliers, doubted=doubted)
+    inliers, undecided = (spread_out(mask, ~own_body) for mask in (solution.inliers, solution.undecided))
+    solution = solution._replace(inliers=inliers, undecided=undecided)
     if solution.status is not PoseStatus.OK or solution.motion is None or own_body.sum() <= num_inliers:
         return solution
     standing = Motion(np.eye(3), np.zeros(3))

@@ -54,7 +54,7 @@ def find_own_body(problem: Problem) -> Body:
     if agrees(scene.matches, both, inlier_threshold).mean() >= _EXPLAINED:
         return Body(still, own) if _contradicts(scene, body, both) else Body(None, [both, *whole])
     effect = design_effect(agrees(scene.matches, found, inlier_threshold), problem.independent_points)
-    if rival_of(scene.matches, found, both, inlier_threshold, scene.deviation(found), effect).is_alike:
+    if rival_of(scene.matches, found, both, inlier_threshold, scene.deviation(found), effect).is_consistent:
         return Body(None, [both, *whole])
     return Body(still, own)
 
@@ -68,8 +68,8 @@ def _contradicts(scene: Problem, body: Problem, motion: Motion) -> bool:
     if log_false_alarms(agree, np.full(len(agree), scene.chance), 5) > math.log(FALSE_ALARM_RATE):
         return False
     deviation = scene.deviation(motion)
-    worth = [
+    support = [
         gains(residual_sizes(side.matches, motion, inlier_threshold), deviation, inlier_threshold)
         for side in (scene, body)
     ]
-    return bool(worth[1].mean() <= _CONTRADICTED * worth[0][agree].mean())
+    return bool(support[1].mean() <= _CONTRADICTED * support[0][agree].mean())

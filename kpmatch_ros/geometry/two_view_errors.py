@@ -229,9 +229,9 @@ def _epipolar_jacobian(matches: Matches, motion: Motion) -> tuple[np.ndarray, np
 def epipolar_gradient(matches: Matches, motion: Motion, cutoff: float) -> np.ndarray:
     """Gradient (5,) of half of Tukey's loss of the Sampson distances, computed without the jacobian."""
     residuals, first, second = _by_essential(matches, motion)
-    pull = residuals * tukey(np.abs(residuals), cutoff)[0]
-    gradient = (first * pull) @ matches.rays1.T
-    gradient[:, :2] -= matches.rays0 @ (second * pull).T
+    weighted = residuals * tukey(np.abs(residuals), cutoff)[0]
+    gradient = (first * weighted) @ matches.rays1.T
+    gradient[:, :2] -= matches.rays0 @ (second * weighted).T
     return np.asarray(_essential_changes(motion) @ gradient.ravel())
 
 

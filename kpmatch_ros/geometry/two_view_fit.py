@@ -26,7 +26,7 @@ _STEP = 1e-6  # radians, step of the gradient's differences for the Hessian
 _LARGEST_VARIANCE = math.pi**2  # of an unknown angle
 
 _SQUARE = 32  # pixels: closer matches share errors, because a patch has a side of 13 pixels
-_ALIKE = 20  # squares: weight of the covariance under equal and independent errors
+_EQUAL_ERRORS_WEIGHT = 20  # squares: weight of the covariance under equal and independent errors
 
 SETTLED = 5e-7
 """Relative decrease of the cost below which the minimisation ends."""
@@ -103,12 +103,12 @@ class Covariances(NamedTuple):
     """Covariances (p, p) of one estimate.
 
     Attributes:
-        alike: under equal and independent errors of the matches.
-        shared: with each match's error from its residual, and errors that neighbours share.
+        equal_errors: under equal and independent errors of the matches.
+        shared_errors: with each match's error from its residual, and errors that neighbours share.
     """
 
-    alike: np.ndarray
-    shared: np.ndarray
+    equal_errors: np.ndarray
+    shared_errors: np.ndarray
 
 
 def motion_covariances(matches: Matches, motion: Motion, noise: Noise) -> Covariances:
@@ -118,7 +118,7 @@ def motion_covariances(matches: Matches, motion: Motion, noise: Noise) -> Covari
 
 def rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
     """Covariance (3, 3) of a rotation without translation, from its matches."""
-    return _covariances(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), noise).shared
+    return _covariances(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), noise).shared_errors
 
 
 def _hessian(model: Model, matches: Matches, motion: Motion, cutoff: float) -> np.ndarray:
@@ -135,8 +135,8 @@ def _gradient(model: Model, matches: Matches, motion: Motion, cutoff: float) -> 
     if model is Model.EPIPOLAR:
         return epipolar_gradient(matches, motion, cutoff)
     residuals, jacobian = differentiate(model, matches, motion)
-    pulls = residuals * tukey(lengths(residuals), cutoff)[0]
-    return np.asarray(jacobian.reshape(len(jacobian), -1) @ pulls.ravel())
+    weighted = residuals * tukey(lengths(residuals), cutoff)[0]
+    return np.asarray(jacobian.reshape(len(jacobian), -1) @ weighted.ravel())
 
 
 def _covariances(model: Model, matches: Matches, motion: Motion, noise: Noise) -> Covariances:
@@ -152,22 +152,23 @@ def _covariances(model: Model, matches: Matches, motion: Motion, noise: Noise) -
     used = sizes < cutoff
     weights, jacobian = tukey(sizes, cutoff)[0][used], jacobian[:, :, used]
     influences = residuals[:, used] * weights
-    seen = float((influences**2).sum()) / max(influences.size - size, 1)  # variance of the noise
+    observed = float((influences**2).sum()) / max(influences.size - size, 1)  # variance of the noise
     rounding = noise.resolution**2 / 12
     flat = jacobian.reshape(size, -1)
-    floor = max(max(seen, rounding) / _LARGEST_VARIANCE, TINY)
+    floor = max(max(observed, rounding) / _LARGEST_VARIANCE, TINY)
     axes, curvatures = whitening_axes(flat @ flat.T, _hessian(model, matches, motion, cutoff), floor)
     curvature = float(curvatures.mean())
-    variance = max(seen, curvature**2 * rounding)
-    alike = variance * np.eye(size)
-    arms = np.einsum("ij,idn->jdn", axes, jacobian)
-    leverage = weights * (arms**2).sum(axis=(0, 1)) / (len(residuals) * curvature)
-    pulls = jackknifed(np.einsum("jdn,dn->jn", arms, influences), leverage)
-    shared, squares = _scatter(pulls, matches.select(used))
-    shared += max(variance - seen, 0.0) * np.eye(size)  # rounding errors are independent
-    shared = (squares * shared + _ALIKE * alike) / (squares + _ALIKE)  # few squares give an uncertain covariance
+    variance = max(observed, curvature**2 * rounding)
+    equal_errors = variance * np.eye(size)
+    whitened = np.einsum("ij,idn->jdn", axes, jacobian)
+    leverage = weights * (whitened**2).sum(axis=(0, 1)) / (len(residuals) * curvature)
+    gradients = jackknifed(np.einsum("jdn,dn->jn", whitened, influences), leverage)
+    shared_errors, squares = _scatter(gradients, matches.select(used))
+    shared_errors += max(variance - observed, 0.0) * np.eye(size)  # rounding errors are independent
+    # Few squares give an uncertain covariance.
+    shared_errors = (squares * shared_errors + _EQUAL_ERRORS_WEIGHT * equal_errors) / (squares + _EQUAL_ERRORS_WEIGHT)
     axes = noise.design_effect**0.5 * axes / curvatures
-    return Covariances(*(_bounded(axes @ scatter @ axes.T) for scatter in (alike, shared)))
+    return Covariances(*(_bounded(axes @ scatter @ axes.T) for scatter in (equal_errors, shared_errors)))
 
 
 def _bounded(covariance: np.ndarray) -> np.ndarray:
@@ -176,26 +177,26 @@ def _bounded(covariance: np.ndarray) -> np.ndarray:
     return np.asarray((axes * np.clip(variances, 0, _LARGEST_VARIANCE)) @ axes.T)
 
 
-def _scatter(pulls: np.ndarray, matches: Matches) -> tuple[np.ndarray, float]:
-    """Covariance (p, p) of the sum of pulls (p, n), which are similar for neighbours in the reference image.
+def _scatter(gradients: np.ndarray, matches: Matches) -> tuple[np.ndarray, float]:
+    """Covariance (p, p) of the sum of gradients (p, n), which are similar for neighbours in the reference image.
 
-    It is the sum over squares of the image of the products of their summed pulls (Liang and Zeger, Biometrika 1986).
-    The mean over four grids of squares, each shifted by half a square, makes the weight of a pair of pulls decrease
-    with their distance (Conley, Journal of Econometrics 1999).
+    It is the sum over squares of the image of the products of their summed gradients (Liang and Zeger, Biometrika
+    1986). The mean over four grids of squares, each shifted by half a square, makes the weight of a pair of gradients
+    decrease with their distance (Conley, Journal of Econometrics 1999).
 
     Returns:
         covariance; number of squares with a match.
     """
     if not len(matches):
-        return np.zeros((len(pulls), len(pulls))), 0.0
+        return np.zeros((len(gradients), len(gradients))), 0.0
     directions = matches.rays0 / lengths(matches.rays0)
     focal = np.median(lengths(matches.rays0) * matches.focals)
     places = directions[:2] * (focal / _SQUARE)
-    scatter, squares = np.zeros((len(pulls), len(pulls))), 0
+    scatter, squares = np.zeros((len(gradients), len(gradients))), 0
     for shift in np.array([(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)]):
         column, row = np.floor(places + shift[:, None]).astype(np.int64)
         _, square = np.unique(column << 32 ^ row & 0xFFFFFFFF, return_inverse=True)
-        sums = np.array([np.bincount(square, each) for each in pulls])
+        sums = np.array([np.bincount(square, each) for each in gradients])
         scatter += student_factor(sums) * sums @ sums.T / 4
         squares += sums.shape[1]
     return scatter, squares / 4

@@ -1,10 +1,10 @@
 """Effect of a translation, too small to be detected, on a rotation that is estimated without it.
 
-If the matches cannot tell a translation from zero, only the rotation is fitted. A translation of a millimetre moves the
-points of a room by a tenth of a pixel and more, and the rotation follows most of this parallax. The rotation's
-covariance from the noise of the keypoints, some thousandths of a pixel for a thousand matches, does not include this
-error. The residuals show it: near points move and far points do not, and the rotation cannot follow this. This part
-stays in the residuals, and is similar for matches close to each other.
+If the matches cannot distinguish a translation from zero, only the rotation is fitted. A translation of a millimetre
+moves the points of a room by a tenth of a pixel and more, and the rotation follows most of this parallax. The
+rotation's covariance from the noise of the keypoints, some thousandths of a pixel for a thousand matches, does not
+include this error. The residuals show it: near points move and far points do not, and the rotation cannot follow this.
+This part stays in the residuals, and is similar for matches close to each other.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _UNEVEN_DEPTH = 1 / 3
 # Largest number of half waves over the longer side of the matches. Shorter waves have few matches and little variance.
 _HALF_WAVES = 5
 
-_PRICE = 2.0  # of a parameter, in twice the log-likelihood (Akaike, IEEE Trans. Automatic Control 1974)
+_PENALTY = 2.0  # of a parameter, in twice the log-likelihood (Akaike, IEEE Trans. Automatic Control 1974)
 _SIZES = 60  # number of sizes of the translation that are compared
 _SMALLEST_SIZE = 1e-2  # variance of the best visible parallax over that of its noise
-_UNSEEN = 1e-9  # relative to the largest eigenvalue
+_UNOBSERVABLE = 1e-9  # relative to the largest eigenvalue
 
 
 def hidden_translation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
@@ -62,22 +62,22 @@ def hidden_translation_covariance(matches: Matches, rotation: np.ndarray, noise:
     # An M-estimate has the error of least squares with these in place of the residuals (Huber, Robust Statistics).
     shares = (sizes / cutoff) ** 2
     curvature = max(float(((1 - shares) * (1 - 3 * shares)).mean()), SMALLEST_CURVATURE)
-    pulls = (residuals * tukey(sizes, cutoff)[0] / curvature).ravel()
-    variance = float(pulls @ pulls) / max(len(pulls) - 3, 1)
+    pseudo_residuals = (residuals * tukey(sizes, cutoff)[0] / curvature).ravel()
+    variance = float(pseudo_residuals @ pseudo_residuals) / max(len(pseudo_residuals) - 3, 1)
     variance = max(variance, noise.resolution**2 / 12, TINY) * noise.design_effect
 
     effects = _effects(matches.select(used), rotation)
-    follow = np.linalg.pinv(jacobian @ jacobian.T, rcond=1e-12, hermitian=True) @ (jacobian @ effects.T)
+    response = np.linalg.pinv(jacobian @ jacobian.T, rcond=1e-12, hermitian=True) @ (jacobian @ effects.T)
     # The part that the rotation cannot follow.
-    left = effects - follow.T @ jacobian
-    seen, axes = np.linalg.eigh(left @ left.T)
-    follow, found = follow @ axes, axes.T @ (left @ pulls)
-    unseen = seen < _UNSEEN * seen[-1]
-    seen[unseen], found[unseen] = 0.0, 0.0
-    size = _likeliest_size(seen, found, variance)
-    shrunk = size / (1 + size * seen)
-    mean = follow @ (shrunk * found)
-    return np.asarray((follow * (shrunk * variance)) @ follow.T + np.outer(mean, mean))
+    unexplained = effects - response.T @ jacobian
+    eigenvalues, axes = np.linalg.eigh(unexplained @ unexplained.T)
+    response, projections = response @ axes, axes.T @ (unexplained @ pseudo_residuals)
+    unobservable = eigenvalues < _UNOBSERVABLE * eigenvalues[-1]
+    eigenvalues[unobservable], projections[unobservable] = 0.0, 0.0
+    size = _likeliest_size(eigenvalues, projections, variance)
+    shrinkage = size / (1 + size * eigenvalues)
+    mean = response @ (shrinkage * projections)
+    return np.asarray((response * (shrinkage * variance)) @ response.T + np.outer(mean, mean))
 
 
 def _effects(matches: Matches, rotation: np.ndarray) -> np.ndarray:
@@ -100,22 +100,23 @@ def _effects(matches: Matches, rotation: np.ndarray) -> np.ndarray:
     return np.asarray((np.array(shapes)[:, None, None] * by_translation).reshape(3 * len(shapes), -1))
 
 
-def _likeliest_size(seen: np.ndarray, found: np.ndarray, variance: float) -> float:
-    """Variance of the effects over that of the noise; `found` has variance (seen + size seen^2) times the noise's.
+def _likeliest_size(eigenvalues: np.ndarray, projections: np.ndarray, variance: float) -> float:
+    """The likeliest size of the translation: the variance of the effects over that of the noise.
 
     Args:
-        seen: (k,) eigenvalues, from zero up.
-        found: (k,) independent values, zero where `seen` is zero.
+        eigenvalues: (k,) e, zero or positive, in increasing order.
+        projections: (k,) independent values with the variance e + size e^2, times that of the noise; zero where e is.
         variance: of the noise.
     """
-    squares = found * found / np.maximum(seen * variance, TINY)
-    growth = np.max(squares - 1, initial=0.0, where=seen > 0)
-    smallest = _SMALLEST_SIZE / max(float(seen[-1]), TINY)
-    largest = float(np.max(squares / np.maximum(seen, TINY), initial=0.0, where=seen > 0))  # none needs a larger one
-    if growth <= 0 or largest <= smallest:
+    squares = projections * projections / np.maximum(eigenvalues * variance, TINY)
+    excess = np.max(squares - 1, initial=0.0, where=eigenvalues > 0)
+    smallest = _SMALLEST_SIZE / max(float(eigenvalues[-1]), TINY)
+    # No projection needs a larger size.
+    largest = float(np.max(squares / np.maximum(eigenvalues, TINY), initial=0.0, where=eigenvalues > 0))
+    if excess <= 0 or largest <= smallest:
         return 0.0
-    tried = np.concatenate([[0.0], np.geomspace(smallest, largest, _SIZES)])
-    grown = 1 + tried[:, None] * seen
-    losses = (np.log(grown) + squares / grown).sum(axis=1)
+    sizes = np.concatenate([[0.0], np.geomspace(smallest, largest, _SIZES)])
+    growths = 1 + sizes[:, None] * eigenvalues
+    losses = (np.log(growths) + squares / growths).sum(axis=1)
     best = int(np.argmin(losses))
-    return float(tried[best]) if losses[best] < losses[0] - _PRICE else 0.0
+    return float(sizes[best]) if losses[best] < losses[0] - _PENALTY else 0.0

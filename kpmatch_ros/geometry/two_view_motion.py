@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpmatch_ros.geometry.robust import MANY_WRONG, TINY, TUKEY, tukey, tukey_cutoff
+from kpmatch_ros.geometry.robust import ENOUGH_INLIERS, TINY, TUKEY, tukey, tukey_cutoff
 from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
@@ -30,7 +30,7 @@ from kpmatch_ros.geometry.two_view_search import SAMPLE
 
 __all__ = ["Decision", "Fit", "best_candidate", "decide", "fit_motion", "widen"]
 
-_HOPEFUL = 3  # best candidates, which are refined
+_REFINED = 3  # best candidates, which are refined
 
 # Leverage of one match on the pose, from 0 to 1. The leverages add up to the degrees of freedom. Therefore each of few
 # matches has a large one.
@@ -74,8 +74,8 @@ def best_candidate(matches: Matches, candidates: list[Motion], inlier_threshold:
     def order(motion: Motion) -> float:
         return disagreement(sample, motion, inlier_threshold)
 
-    if len(different) > _HOPEFUL:
-        different = sorted(different, key=order)[:_HOPEFUL]
+    if len(different) > _REFINED:
+        different = sorted(different, key=order)[:_REFINED]
     refined = [minimise(Model.EPIPOLAR, sample, one, 3 * inlier_threshold, 5, _ROUGHLY) for one in different]
     return min(refined, key=order) if len(refined) > 1 else refined[0]
 
@@ -95,7 +95,7 @@ def _refine(
     settled: float = SETTLED,
 ) -> Fit:
     """A motion refined on the matches in front of the cameras, with Tukey's loss scaled to their noise."""
-    for left in reversed(range(rounds)):
+    for remaining in reversed(range(rounds)):
         residuals, jacobian = differentiate(Model.EPIPOLAR, matches, motion)
         support = is_in_front(matches, motion, inlier_threshold)
         cutoff = tukey_cutoff(residuals[0, support], inlier_threshold, resolution)
@@ -106,10 +106,10 @@ def _refine(
         whitened = axes.T @ jacobian[:, 0]
         # The leverage is that of a match with full weight. A wrong match that was left out in the previous round is now
         # beyond the cutoff. With its real weight it would come back and pull the fit again.
-        arms = dot(whitened, whitened)
-        leverage = arms / (1 + (1 - weights) * arms)
+        squares = dot(whitened, whitened)
+        leverage = squares / (1 + (1 - weights) * squares)
         support &= leverage < max(_LARGEST_LEVERAGE, _TIMES_THE_MEAN * len(jacobian) / max(weights.sum(), 1.0))
-        enough = _ROUGHLY if left else settled
+        enough = _ROUGHLY if remaining else settled
         motion = minimise(Model.EPIPOLAR, matches, motion, cutoff, 10, enough, support)
     return Fit(motion, matches.select(support))
 
@@ -159,44 +159,43 @@ def decide(
     def evidence(fit: Fit) -> float:
         return float(gains(residual_sizes(matches, fit.motion, threshold), deviation, threshold).sum())
 
-    order = [evidence(one) for one in fits]
-    first = int(np.argmax(order))
-    best, alike = fits[first], []
+    first = int(np.argmax([evidence(one) for one in fits]))
+    best, rivals = fits[first], []
     for index, other in enumerate(fits):
         if index != first:
-            rival = rival_of(matches, best.motion, other.motion, threshold, deviation, noise.design_effect)
-            if rival.is_alike and (max(index, first) < planes or rival.is_within_noise):
-                alike.append(other)
+            compared = rival_of(matches, best.motion, other.motion, threshold, deviation, noise.design_effect)
+            if compared.is_consistent and (max(index, first) < planes or compared.is_within_noise):
+                rivals.append(other)
     if best is not fit:
         best = _refine(matches, best.motion, threshold, noise.resolution, 2)
-    distinct = [other for other in alike if is_distinct(best.motion, other.motion)]
+    distinct = [other for other in rivals if is_distinct(best.motion, other.motion)]
     if distinct and prior is not None:
         likely = decide_by_prior([one.motion for one in (best, *distinct)], prior)
         if likely is not None:
             best = next(one for one in (best, *distinct) if one.motion is likely)
-            alike = [one for one in alike if not is_distinct(best.motion, one.motion)]
-    return Decision(best, [one.motion for one in alike])
+            rivals = [one for one in rivals if not is_distinct(best.motion, one.motion)]
+    return Decision(best, [one.motion for one in rivals])
 
 
 def widen(matches: Matches, fit: Fit, covariances: Covariances, noise: Noise) -> tuple[np.ndarray, np.ndarray]:
     """The covariance (6, 6) of a fit. If the geometry is weak, it is that of the likelihood around the fit.
 
-    The residuals of few matches are a poor measure of each match's error. `covariances.alike`, which all matches
+    The residuals of few matches are a poor measure of each match's error. `covariances.equal_errors`, which all matches
     determine together, is then a lower bound.
 
     Returns:
-        the covariance, and the covariance of the likelihood near the fit only, which tells which other motions belong
+        the covariance, and the covariance of the likelihood near the fit only, which shows which other motions belong
         to the same maximum.
     """
     threshold = noise.inlier_threshold
     deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
     inliers = agrees(matches, fit.motion, min(threshold, TYPICAL * deviation))
-    if not _is_weak(inliers, covariances.alike / noise.design_effect):
-        return covariances.shared, covariances.shared
+    if not _is_weak(inliers, covariances.equal_errors / noise.design_effect):
+        return covariances.shared_errors, covariances.shared_errors
     some = matches.sample(SAMPLE)
     evidence = len(matches) / len(some) / noise.design_effect
-    near, wide = profile_covariance(some, fit.motion, covariances.alike, threshold, deviation, evidence)
-    return _at_least(wide, covariances.shared), _at_least(near, covariances.shared)
+    near, wide = profile_covariance(some, fit.motion, covariances.equal_errors, threshold, deviation, evidence)
+    return _at_least(wide, covariances.shared_errors), _at_least(near, covariances.shared_errors)
 
 
 def _at_least(covariance: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -208,4 +207,4 @@ def _at_least(covariance: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _is_weak(inliers: np.ndarray, covariance: np.ndarray) -> bool:
     """Whether the geometry is so weak that other motions may explain the matches (n,) as well."""
     uncertain = float(np.linalg.eigvalsh(covariance[:3, :3])[-1]) > _UNCERTAIN**2
-    return bool(inliers.sum() < _FEW or inliers.mean() < MANY_WRONG or uncertain)
+    return bool(inliers.sum() < _FEW or inliers.mean() < ENOUGH_INLIERS or uncertain)

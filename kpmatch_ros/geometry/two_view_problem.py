@@ -15,7 +15,7 @@ __all__ = ["Problem", "Solution", "spread_out", "weigh"]
 
 # Standard deviations, in inlier thresholds, of errors that are equal for all matches and that the given standard
 # deviations do not include: those of the calibration or of a rolling shutter.
-_UNTOLD = np.array([0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0])
+_UNMODELLED = np.array([0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0])
 
 # In inlier thresholds: a match with this standard deviation keeps the whole threshold, which is 3.3 deviations.
 _INEXACT = 0.3
@@ -69,15 +69,16 @@ class Problem(NamedTuple):
 class Solution(NamedTuple):
     """Result of a problem: status, motion (None without a pose), covariance, and inliers (n,) (None if not estimated).
 
-    If a translation was rejected, `unbelieved` is that motion, and `doubted` (n,) the matches that agree with it.
+    If a translation was rejected, `rejected` is that motion, and `undecided` (n,) are the matches that agree with it
+    but are not inliers.
     """
 
     status: PoseStatus
     motion: Motion | None = None
     covariance: np.ndarray = np.zeros((6, 6))
     inliers: np.ndarray | None = None
-    doubted: np.ndarray | None = None
-    unbelieved: Motion | None = None
+    undecided: np.ndarray | None = None
+    rejected: Motion | None = None
 
 
 def spread_out(mask: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None:
@@ -101,8 +102,8 @@ def weigh(problem: Problem, motion: Motion) -> Problem:
     threshold = problem.inlier_threshold
     sizes = residual_sizes(problem.matches, motion, threshold)
     # Only one point of a match has this error, but residuals assume noise in both. They also include rounding.
-    told = np.hypot(problem.sigmas / math.sqrt(2), problem.resolution / math.sqrt(12))
-    deviations = np.hypot(told, threshold * _UNTOLD[:, None])
+    given = np.hypot(problem.sigmas / math.sqrt(2), problem.resolution / math.sqrt(12))
+    deviations = np.hypot(given, threshold * _UNMODELLED[:, None])
     likeliest = deviations[gains(sizes, deviations, threshold).sum(axis=1).argmax()]
     scales = np.minimum(likeliest / (_INEXACT * threshold), 1.0)
     if scales.min() == 1.0:

@@ -20,19 +20,19 @@ __all__ = ["profile_covariance", "profile_directions", "refine_turns"]
 _DIRECTIONS = 60  # over half a sphere: 15 degrees apart
 _CUTOFFS = (8.0, 4.0, 2.0, 2.0, 2.0)  # cutoffs of Tukey's loss in successive steps, in inlier thresholds
 _SMALLEST = 0.01  # smallest deviation, in inlier thresholds
-_FOUND = 5  # largest number of motions
-_BAND = 10.0  # inlier thresholds: range of wrong matches; a narrow band would understate what correct matches tell
+_MOST_MOTIONS = 5  # that profile_directions returns
+_BAND = 10.0  # inlier thresholds: range of wrong matches; a narrow one would understate the weight of correct matches
 _STEPS = (15, 5)  # directions along the ridge and across it
 _REACH = (8.0, 3.0)  # standard deviations, first reach of the grid
 # The reach is doubled if the likelihood is not low at the end: three standard deviations are 4.5 of its logarithm. For
 # a plane in a strip of an image, 10 of 90 poses were overconfident (OK, but wrong) without doubling, 4 of 97 after one
 # doubling, and 2 of 90 after two.
 _GROWTHS, _RIM = 2, 4.5
-_LOST = 100.0  # log-likelihood below the maximum at which a motion has no weight, even with a tenth of the difference
+_NEGLIGIBLE = 100.0  # log-likelihood below the maximum: no weight, even with a tenth of the difference
 _SAME = 1e-6  # variances of the noise: smaller changes of residuals are rounding
 _FARTHEST = math.radians(60.0)
 _SINGULAR = 1e-12  # relative to the largest eigenvalue
-_NOT_LOST = 1e-14  # relative to the trace: above rounding
+_ABOVE_ROUNDING = 1e-14  # relative to the trace
 _APART = math.cos(math.radians(10.0))
 
 
@@ -56,7 +56,7 @@ def profile_directions(
     scores = gains(np.abs(residuals), deviation, inlier_threshold).sum(axis=1)
     found: list[Motion] = []
     for index in np.argsort(-scores, kind="stable"):
-        if len(found) < _FOUND and all(abs(shifts[index] @ one.translation) < _APART for one in found):
+        if len(found) < _MOST_MOTIONS and all(abs(shifts[index] @ one.translation) < _APART for one in found):
             near = matches.select(np.abs(residuals[index]) < inlier_threshold)
             found.append(_facing(near, Motion(turns[index], shifts[index])))
     return found
@@ -72,7 +72,7 @@ def profile_covariance(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Covariances (6, 6) of a motion from the likelihood around it, at least as large as that from its curvature.
 
-    If the geometry is weak, the likelihood is a long, curved ridge. Its curvature at the top does not tell its length.
+    If the geometry is weak, the likelihood is a long, curved ridge. Its curvature at the top does not show its length.
     This function refines the rotation on a grid of directions around the motion's. It returns the second moments about
     the motion, weighted by the likelihood.
 
@@ -90,25 +90,25 @@ def profile_covariance(
     variances, axes = np.linalg.eigh(covariance[:3, :3])
     reach = np.minimum(np.sqrt(np.maximum(variances[:0:-1], TINY)) * _REACH, _FARTHEST)
     # First-order change of the rotation with the direction.
-    follow = covariance[3:, :3] @ np.linalg.pinv(covariance[:3, :3], rcond=1e-9, hermitian=True)
+    response = covariance[3:, :3] @ np.linalg.pinv(covariance[:3, :3], rcond=1e-9, hermitian=True)
     found = [covariance]
     for _ in range(1 + _GROWTHS):
         along, across = (np.linspace(-length, length, steps) for length, steps in zip(reach, _STEPS))
         offsets = np.array([[a, b] for a in along for b in across]) @ axes[:, :0:-1].T
         angles = np.linalg.norm(offsets, axis=1, keepdims=True)
         shifts = np.cos(angles) * motion.translation + np.sinc(angles / math.pi) * offsets
-        turns = _turned(np.tile(motion.rotation, (len(shifts), 1, 1)), offsets @ follow.T)
+        turns = _turned(np.tile(motion.rotation, (len(shifts), 1, 1)), offsets @ response.T)
         turns, residuals = refine_turns(matches, turns, shifts, _CUTOFFS[-3:], inlier_threshold, deviation)
         scores = evidence * gains(np.abs(residuals), deviation, _BAND * inlier_threshold).sum(axis=1)
         losses = scores.max() - scores
-        some = np.append(np.flatnonzero(losses < _LOST), len(losses) // 2)
-        losses[some] *= _told(matches, turns[some], shifts[some], residuals[some], deviation)
+        some = np.append(np.flatnonzero(losses < _NEGLIGIBLE), len(losses) // 2)
+        losses[some] *= _informative_part(matches, turns[some], shifts[some], residuals[some], deviation)
         grid = losses.reshape(_STEPS)
         weights = np.exp(-losses)
         changes = turns @ motion.rotation.T
         away = np.concatenate([offsets, np.array([cv2.Rodrigues(change)[0][:, 0] for change in changes])], axis=1)
         moments = (away.T * weights) @ away / weights.sum()
-        moments[3:, 3:] += covariance[3:, 3:] - follow @ covariance[:3, 3:]
+        moments[3:, 3:] += covariance[3:, 3:] - response @ covariance[:3, 3:]
         found.append(_larger(found[-1], moments))
         # A too sharp curvature makes the grid too short. The longer grid is coarser, so both count.
         short = np.array([grid[[0, -1]].min(), grid[:, [0, -1]].min()]) < _RIM
@@ -152,9 +152,9 @@ def refine_turns(
     pixels = [cutoff * inlier_threshold for cutoff in cutoffs]
     # A prior of a tenth of a radian keeps the system regular, even without noise. With a lens that magnifies a thousand
     # times, rounding removes this term. A part of the trace is then large enough.
-    trust = 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
+    prior_information = 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
     if compiled.available():
-        return compiled.refine_turns(matches.columns, turns, shifts, pixels, trust)
+        return compiled.refine_turns(matches.columns, turns, shifts, pixels, prior_information)
     # Keep this equal to src/two_view_profile.c.
     for cutoff in pixels:
         residuals, jacobian = _evaluate(matches, turns, shifts)
@@ -162,19 +162,19 @@ def refine_turns(
         weighted = jacobian * weights[:, None]
         hessian = weighted @ jacobian.transpose(0, 2, 1)
         gradient = (weighted @ residuals[..., None])[..., 0]
-        trusts = np.maximum(trust, _NOT_LOST * np.trace(hessian, axis1=1, axis2=2))
-        hessian[:, range(3), range(3)] += trusts[:, None]
+        added = np.maximum(prior_information, _ABOVE_ROUNDING * np.trace(hessian, axis1=1, axis2=2))
+        hessian[:, range(3), range(3)] += added[:, None]
         turns = _turned(turns, -np.linalg.solve(hessian, gradient[..., None])[..., 0])
     return turns, _evaluate(matches, turns, shifts)[0]
 
 
-def _told(
+def _informative_part(
     matches: Matches, turns: np.ndarray, shifts: np.ndarray, residuals: np.ndarray, deviation: float
 ) -> np.ndarray:
     """Part (k,), 0.1 to 1, of a log-likelihood difference that counts, between each of k motions and the last one.
 
     From one motion to the other, a residual changes for two reasons: the position of the match, and the keypoints'
-    noise along the epipolar line, because this line turns. The first change tells the motions apart, and its expected
+    noise along the epipolar line, because this line turns. The first change distinguishes the motions, and its expected
     square is twice the difference. The second change lowers the correct motion's log-likelihood, by the ratio of both
     changes to the first. For a plane in a strip of an image, 640 x 160 pixels with 0.3 pixels of noise, noise is 85 %
     of the change along the likelihood's ridge. For a plane that fills 640 x 480 pixels, it is 8 %.

@@ -41,7 +41,7 @@ __all__ = [
     "fit_rotation_roughly",
     "has_certain_parallax",
     "may_have_parallax",
-    "small_parallax_chance",
+    "small_parallax_p_value",
 ]
 
 TYPICAL = 3.0
@@ -55,10 +55,10 @@ _SLIPS = 1 / 3
 # in a uniform distribution.
 _UNEQUAL = 2.0
 # One object may move independently. It covers at most this part of the width that the matches cover.
-_THING = 2 / 3
+_OBJECT_WIDTH = 2 / 3
 # The scene itself moves if the rotation explains few matches outside this object: fewer than this part of the number
 # that the motion explains.
-_LITTLE = 1 / 4
+_ROTATING_PART = 1 / 4
 _CERTAIN = 1e-12  # a false-alarm rate
 # The matches outside the object must support a translation too: with this part of the log false-alarm rate.
 _REMAINING = 1 / 3
@@ -75,7 +75,7 @@ _INDEPENDENT_DIRECTIONS = 50
 _WIDE = 4.0
 _NARROWER = (2.0, 1.0, 0.5)
 
-_EVERYTHING = 1e9  # pixels: a cutoff beyond all residuals
+_NO_CUTOFF = 1e9  # pixels: a cutoff beyond all residuals
 
 _VERY_ROUGHLY = 1e-2  # relative change of the cost, for fits that are refined later
 _NEARLY = 1e-5  # relative change of the cost, small enough for a test
@@ -94,8 +94,8 @@ class Parallax(enum.Enum):
 def fit_rotation(matches: Matches, starts: list[np.ndarray], inlier_threshold: float, resolution: float) -> np.ndarray:
     """The rotation (3, 3) that brings most matches within the inlier threshold, starting from the best of `starts`.
 
-    If two objects rotate differently, a rotation in between is close to many matches and right for none. Therefore the
-    fit is repeated with smaller and smaller cutoffs, and the likeliest result is taken.
+    If two objects rotate differently, a rotation in between is close to many matches and correct for none. Therefore
+    the fit is repeated with smaller and smaller cutoffs, and the likeliest result is taken.
     """
     motion = Motion(fit_rotation_roughly(matches, starts, inlier_threshold), np.zeros(3))
     fits = [motion]
@@ -135,24 +135,24 @@ def fit_rotation_roughly(matches: Matches, starts: list[np.ndarray], inlier_thre
 
 
 def has_certain_parallax(
-    matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, noise: Noise
+    matches: Matches, motion: Motion, rotation: np.ndarray, rotation_inliers: np.ndarray, noise: Noise
 ) -> bool:
     """Whether even a roughly fitted rotation leaves so much parallax that a better rotation is not needed.
 
     The arguments are those of find_parallax.
     """
-    if not _are_along_lines(matches, motion, rotation, turning, noise, _CERTAIN):
+    if not _are_along_lines(matches, motion, rotation, rotation_inliers, noise, _CERTAIN):
         return False
-    rest = _without_one_thing(matches, motion, rotation, noise)
+    rest = _without_one_object(matches, motion, rotation, noise)
     rotation = fit_rotation_roughly(matches.select(rest), [rotation], noise.inlier_threshold)
-    turning = lengths(rotation_residuals(matches, rotation)) < noise.inlier_threshold
-    return _is_scene(matches, motion, turning, rest, noise) or _are_along_lines(
-        matches.select(rest), motion, rotation, turning[rest], noise, _CERTAIN**_REMAINING
+    rotation_inliers = lengths(rotation_residuals(matches, rotation)) < noise.inlier_threshold
+    return _is_scene(matches, motion, rotation_inliers, rest, noise) or _are_along_lines(
+        matches.select(rest), motion, rotation, rotation_inliers[rest], noise, _CERTAIN**_REMAINING
     )
 
 
 def find_parallax(
-    matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, noise: Noise
+    matches: Matches, motion: Motion, rotation: np.ndarray, rotation_inliers: np.ndarray, noise: Noise
 ) -> Parallax:
     """Where a translation explains matches that a rotation does not.
 
@@ -160,33 +160,34 @@ def find_parallax(
         matches: n matches.
         motion: the best motion with a translation.
         rotation: (3, 3), the rotation that explains most matches.
-        turning: (n,) bool, the matches that this rotation explains.
+        rotation_inliers: (n,) bool, the matches that this rotation explains.
         noise: of the keypoints.
     """
 
     def translates(among: np.ndarray, rate: float) -> bool:
-        chosen = matches.select(among), motion, rotation, turning[among], noise, rate
+        chosen = matches.select(among), motion, rotation, rotation_inliers[among], noise, rate
         return _are_along_lines(*chosen) or _have_small_parallax(*chosen)
 
     rate = FALSE_ALARM_RATE / 2
     if not translates(np.ones(len(matches), dtype=bool), rate):
         return Parallax.NONE
-    rest = _without_one_thing(matches, motion, rotation, noise)
-    if _is_scene(matches, motion, turning, rest, noise) or translates(rest, rate**_REMAINING):
+    rest = _without_one_object(matches, motion, rotation, noise)
+    if _is_scene(matches, motion, rotation_inliers, rest, noise) or translates(rest, rate**_REMAINING):
         return Parallax.EVERYWHERE
     return Parallax.IN_ONE_PLACE
 
 
-def _is_scene(matches: Matches, motion: Motion, turning: np.ndarray, rest: np.ndarray, noise: Noise) -> bool:
-    """Whether the scene supports the motion, and not one object: hardly any of the `rest` (n,) only rotates."""
-    return bool((turning & rest).sum() < _LITTLE * agrees(matches, motion, noise.inlier_threshold).sum())
+def _is_scene(matches: Matches, motion: Motion, rotation_inliers: np.ndarray, rest: np.ndarray, noise: Noise) -> bool:
+    """Whether the scene supports the motion, and not one object: few of the `rest` (n,) only rotate."""
+    motion_inliers = agrees(matches, motion, noise.inlier_threshold)
+    return bool((rotation_inliers & rest).sum() < _ROTATING_PART * motion_inliers.sum())
 
 
 def _are_along_lines(
     matches: Matches,
     motion: Motion,
     rotation: np.ndarray,
-    turning: np.ndarray,
+    rotation_inliers: np.ndarray,
     noise: Noise,
     false_alarm_rate: float,
 ) -> bool:
@@ -199,21 +200,21 @@ def _are_along_lines(
     inlier threshold and with narrower ones (Moisan and Stival, IJCV 2004), each with its share of the false alarms.
     Rounding moves matches in two directions only, so no line is narrower than the resolution.
     """
-    others, threshold = matches.select(~turning), noise.inlier_threshold
+    others, threshold = matches.select(~rotation_inliers), noise.inlier_threshold
     distance = lengths(rotation_residuals(others, rotation))
 
-    def chance(width: float) -> float:
+    def log_rate(width: float) -> float:
         """Log false-alarm rate with lines of this half-width, pixels."""
         # Probability that a residual of this length, in a random direction, ends near a half-line.
         chances = _UNEQUAL * np.arcsin(np.minimum(width / np.maximum(distance, TINY), 1)) / math.pi
         along = agrees(others, motion, width)
         slipped = np.flatnonzero(along & (distance < _LONGEST_SLIP * threshold))
         counted = np.ones(len(others), dtype=bool)
-        counted[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * turning.sum())]] = False
+        counted[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * rotation_inliers.sum())]] = False
         return log_false_alarms(along[counted], np.minimum(chances, 1)[counted], 2)
 
     return any(
-        chance(part * threshold) < math.log(share * false_alarm_rate)
+        log_rate(part * threshold) < math.log(share * false_alarm_rate)
         for part, share in _WIDTHS.items()
         if part == 1 or part * threshold > noise.resolution
     )
@@ -223,18 +224,20 @@ def _have_small_parallax(
     matches: Matches,
     motion: Motion,
     rotation: np.ndarray,
-    turning: np.ndarray,
+    rotation_inliers: np.ndarray,
     noise: Noise,
     false_alarm_rate: float,
 ) -> bool:
     """Whether the F-test with the matches that the rotation explains, without the noise's tails, finds parallax."""
     residuals = rotation_residuals(matches, rotation)
     deviation = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution) / TUKEY
-    typical = turning & (lengths(residuals) < TYPICAL * deviation)
-    return small_parallax_chance(matches.select(typical), motion, rotation, noise) < false_alarm_rate
+    typical = rotation_inliers & (lengths(residuals) < TYPICAL * deviation)
+    return small_parallax_p_value(matches.select(typical), motion, rotation, noise) < false_alarm_rate
 
 
-def may_have_parallax(matches: Matches, motion: Motion, rotation: np.ndarray, moving: np.ndarray, noise: Noise) -> bool:
+def may_have_parallax(
+    matches: Matches, motion: Motion, rotation: np.ndarray, motion_inliers: np.ndarray, noise: Noise
+) -> bool:
     """Whether a motion explains more than noise does, under the assumption that no match has slipped along its edge.
 
     Slipped matches look like parallax of a few pixels. If the parallax is real but a pure rotation is reported, the
@@ -244,14 +247,14 @@ def may_have_parallax(matches: Matches, motion: Motion, rotation: np.ndarray, mo
         matches: n matches.
         motion: the best motion with a translation.
         rotation: (3, 3), the rotation that explains most matches.
-        moving: (n,) bool, the matches that the motion explains.
+        motion_inliers: (n,) bool, the matches that the motion explains.
         noise: of the keypoints.
     """
-    near = moving & (lengths(rotation_residuals(matches, rotation)) < _LONGEST_SLIP * noise.inlier_threshold)
-    return small_parallax_chance(matches.select(near), motion, rotation, noise) < FALSE_ALARM_RATE
+    near = motion_inliers & (lengths(rotation_residuals(matches, rotation)) < _LONGEST_SLIP * noise.inlier_threshold)
+    return small_parallax_p_value(matches.select(near), motion, rotation, noise) < FALSE_ALARM_RATE
 
 
-def _without_one_thing(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> np.ndarray:
+def _without_one_object(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> np.ndarray:
     """Mask (n,) of the matches outside the part of the image's width that supports a translation most.
 
     If the camera stands still or only rotates, an object that moves independently looks like a close object in front of
@@ -265,14 +268,14 @@ def _without_one_thing(matches: Matches, motion: Motion, rotation: np.ndarray, n
     order = np.argsort(places)
     ordered = places[order]
     sums = np.append(0.0, np.cumsum((turned**2 - moved**2)[order]))
-    ends = np.searchsorted(ordered, ordered + _THING * (ordered[-1] - ordered[0]), side="right")
+    ends = np.searchsorted(ordered, ordered + _OBJECT_WIDTH * (ordered[-1] - ordered[0]), side="right")
     first = int((sums[ends] - sums[:-1]).argmax())
     rest = np.ones(len(matches), dtype=bool)
     rest[order[first : ends[first]]] = False
     return rest
 
 
-def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> float:
+def small_parallax_p_value(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> float:
     """Probability of such residuals along the epipolar lines under noise with the variance of those across the lines.
 
     This is the F-test of nested models: least squares with a rotation (two conditions per match, three parameters) and
@@ -283,12 +286,12 @@ def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray
     count = len(matches)
     if count < SMALLEST_SAMPLE:
         return 1.0
-    turned = minimise(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), _EVERYTHING, 5).rotation
+    turned = minimise(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), _NO_CUTOFF, 5).rotation
     total = float((rotation_residuals(matches, turned) ** 2).sum())
     # To first order, the translation is the direction closest to the planes of all pairs of rays.
     normals = np.cross(turned @ matches.rays1, matches.rays0, axis=0)
     starts = (motion, Motion(turned, np.linalg.eigh(normals @ normals.T)[1][:, 0]))
-    fits = [minimise(Model.EPIPOLAR, matches, start, _EVERYTHING, 10, _NEARLY) for start in starts]
+    fits = [minimise(Model.EPIPOLAR, matches, start, _NO_CUTOFF, 10, _NEARLY) for start in starts]
     across = min(float((epipolar_residuals(matches, fit) ** 2).sum()) for fit in fits)
     variance = across / (count - 5)
     jitter = max(variance - noise.resolution**2 / 12, 0.0)

@@ -65,10 +65,10 @@ def _decompose(essential: np.ndarray, matches: Matches, inlier_threshold: float,
     votes = []
     for rotation in rotations:
         depth0, depth1, squared_sine = depths(near, Motion(rotation, shift))
-        # A match that the rotation alone explains has a depth of uncertain sign. Half a vote tells the rotations apart.
-        worth = 0.5 + 0.5 * (squared_sine > normalised_threshold**2)
-        votes.append((float(worth[np.minimum(depth0, depth1) > 0].sum()), Motion(rotation, shift)))
-        votes.append((float(worth[np.maximum(depth0, depth1) < 0].sum()), Motion(rotation, -shift)))
+        # A match that the rotation alone explains has a depth of uncertain sign. Half a vote distinguishes rotations.
+        weights = 0.5 + 0.5 * (squared_sine > normalised_threshold**2)
+        votes.append((float(weights[np.minimum(depth0, depth1) > 0].sum()), Motion(rotation, shift)))
+        votes.append((float(weights[np.maximum(depth0, depth1) < 0].sum()), Motion(rotation, -shift)))
     return max(votes, key=lambda vote: vote[0])[1]
 
 

@@ -11,7 +11,7 @@ from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.flow import Neighbours
 from kpmatch_ros.geometry.patches import Alignment, align, inside, no_change
 from kpmatch_ros.geometry.structure import Structure, Window
-from kpmatch_ros.tracking.track_search import ASTRAY, View
+from kpmatch_ros.tracking.track_search import LARGEST_DISAGREEMENT, View
 from kpmatch_ros.tracking.track_set import NOT_DETECTED, Templates, TrackSet, apart, first_of_each_place, without
 
 __all__ = ["LostTracks", "largest_elsewhere"]
@@ -74,7 +74,7 @@ class LostTracks:
         lost = self._lost
         if lost is None or not len(lost) or room <= 0:
             return None
-        which, keypoints = _alike(lost, templates, view, candidates)
+        which, keypoints = _match_descriptors(lost, templates, view, candidates)
         again, points, count = lost.select(which), view.keypoints[keypoints].astype(np.float32), len(which)
         # Each patch is tried with the deformation since it was cut, and without.
         patches = np.tile(templates.patches[again.templates], (2, 1))
@@ -88,7 +88,7 @@ class LostTracks:
             good &= np.isfinite(expected[which, 0]) | ~np.isfinite(again.landmarks[:, 0])
         good[good] = ~view.hides(found.points[good])
         which, keypoints, found = which[good], keypoints[good], found.select(good)
-        more, sought = _seek(lost, templates, view, expected, which, found.points)
+        more, sought = _search_predicted(lost, templates, view, expected, which, found.points)
         which = np.concatenate([which, more])[:room]
         found = found.join(sought).select(np.s_[:room])
         again = lost.select(which)
@@ -110,7 +110,9 @@ def _moved(landmarks: np.ndarray, cameras: Window) -> np.ndarray:
     return np.concatenate([landmarks @ motion.T, landmarks[:, 3:]], axis=1)
 
 
-def _alike(lost: TrackSet, templates: Templates, view: View, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _match_descriptors(
+    lost: TrackSet, templates: Templates, view: View, candidates: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Lost tracks (R,) and keypoints (R,), from candidates (C,), whose descriptors match."""
     if len(candidates) < 2:
         return np.zeros(0, np.int64), candidates[:0]
@@ -162,15 +164,17 @@ def _agrees(expected: np.ndarray, before: np.ndarray, found: np.ndarray, furthes
     may match others with the same displacement. Therefore no point may be further than `furthest`, pixels, from where
     the motion puts it. If the motion is unknown, as without a calibration, points with too few neighbours do not agree.
     """
-    agrees, told = np.zeros(len(found), bool), np.isfinite(expected[:, 0])
-    for rows, start, most in ((told, expected, 1.0), (~told, before, _LOST_SPREAD)):
+    agrees, predicted = np.zeros(len(found), bool), np.isfinite(expected[:, 0])
+    for rows, start, most in ((predicted, expected, 1.0), (~predicted, before, _LOST_SPREAD)):
         places, spread = Neighbours(start[rows], found[rows]).expect(np.arange(np.count_nonzero(rows)))
-        tells = np.linalg.norm(found[rows] - start[rows], axis=1) < furthest if start is expected else spread < np.inf
-        agrees[rows] = tells & (np.linalg.norm(found[rows] - places, axis=1) < ASTRAY * most * spread)
+        possible = (
+            np.linalg.norm(found[rows] - start[rows], axis=1) < furthest if start is expected else spread < np.inf
+        )
+        agrees[rows] = possible & (np.linalg.norm(found[rows] - places, axis=1) < LARGEST_DISAGREEMENT * most * spread)
     return agrees
 
 
-def _seek(
+def _search_predicted(
     lost: TrackSet, templates: Templates, view: View, expected: np.ndarray, which: np.ndarray, found: np.ndarray
 ) -> tuple[np.ndarray, Alignment]:
     """Search for more lost tracks at their predicted positions, with or without a keypoint there.
@@ -200,5 +204,5 @@ def _seek(
     good = sought.good.copy()
     good[good] = ~view.hides(sought.points[good])
     good[good] = apart(sought.points[good], found, 1.0)
-    good[good] = first_of_each_place(sought.points[good], lost.ids[rows[good]], sought.likeness[good])
+    good[good] = first_of_each_place(sought.points[good], lost.ids[rows[good]], sought.correlation[good])
     return rows[good], sought.select(good)

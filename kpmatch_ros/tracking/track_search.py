@@ -7,19 +7,19 @@ from functools import cached_property
 
 import numpy as np
 
-from kpmatch_ros.geometry.blur import blurred_alike
+from kpmatch_ros.geometry.blur import equalise_blur
 from kpmatch_ros.geometry.flow import Neighbours, flow_far, flow_forth_and_back, pyramid
 from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed, unaligned
 from kpmatch_ros.geometry.refinement import REFINABLE, align_deformed
 from kpmatch_ros.tracking.track_set import Templates, TrackSet
 
-__all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
+__all__ = ["LARGEST_DISAGREEMENT", "Places", "View", "find_places", "keypoint_sigma"]
 
-ASTRAY = 3.0
+LARGEST_DISAGREEMENT = 3.0
 """Factor on the disagreement of the neighbours: a point is at most this far from where its neighbours moved."""
 
 _SHIFTS = 1  # shift-only steps from the position by the matcher or the neighbours
-_HARDLY_ALIKE = 0.5  # lowest correlation with the patch; below it, optical flow alone leads to random places
+_LOWEST_CORRELATION = 0.5  # with the patch; below it, optical flow alone leads to random places
 _SIGMA_STEP = 0.05  # pixels, error of a step between two images in addition to the patches' own
 _SIGMA_FLOW = 0.7  # pixels
 _SIGMA_KEYPOINT = 0.8  # per pixel between positions that the detector can report
@@ -73,19 +73,19 @@ class Places:
     """Positions of T tracks of a reference image in the current one.
 
     Attributes:
-        found: points, shapes, likeness, and whether each track was found.
+        found: points, shapes, correlation, and whether each track was found.
         anchors: (T,) float32 standard deviation of the position where the patch was cut, pixels.
         pair_sigmas: (T,) float32 standard deviation of a coordinate of the point, given the point in the reference.
-        bare: (T,) bool which points are keypoints as detected.
+        as_detected: (T,) bool which points are keypoints as detected.
         renewed: (R,) tracks that continue with a new patch.
         patches: (R, P) float32 the new patches.
-        smeared: see :class:`kpmatch_ros.geometry.blur.Alike`.
+        smeared: see :class:`kpmatch_ros.geometry.blur.EqualBlur`.
     """
 
     found: Alignment
     anchors: np.ndarray
     pair_sigmas: np.ndarray
-    bare: np.ndarray
+    as_detected: np.ndarray
     renewed: np.ndarray
     patches: np.ndarray
     smeared: int | None
@@ -120,10 +120,10 @@ def find_places(
     patches = templates.patches[tracks.templates[rest]]
     found.put(rest, align(patches, current.pixels, near[rest], tracks.shapes[rest], _SHIFTS))
     align_deformed(found, rest, patches, current.pixels, near, tracks.shapes, neighbours)
-    alike = blurred_alike(reference.normalized, current.normalized, tracks.points[rest], near[rest])
+    equalised = equalise_blur(reference.normalized, current.normalized, tracks.points[rest], near[rest])
     # The first patch of a new track was cut from the reference, so a step from the reference adds nothing.
-    known = (tracks.ids > 0) | (alike is not None)
-    images = (reference.pixels, current.pixels) if alike is None else alike.images
+    known = (tracks.ids > 0) | (equalised is not None)
+    images = (reference.pixels, current.pixels) if equalised is None else equalised.images
     steps = _step(tracks, found, rest[known[rest]], near, *images)
     rest = rest[~found.good[rest]]
     near[rest] = flow_far(reference.pyramid, current.pyramid, tracks.points[rest], near[rest])
@@ -133,29 +133,29 @@ def find_places(
     own = np.sqrt(np.maximum(tracks.sigmas**2 - tracks.anchors**2, 0))
     pair_sigmas = np.where(np.isfinite(steps), steps, np.hypot(found.sigmas, own))
     # Where no patch fits, optical flow may still find the point, and lead back from it.
-    rest = np.flatnonzero(~found.good & (found.likeness > _HARDLY_ALIKE))
+    rest = np.flatnonzero(~found.good & (found.correlation > _LOWEST_CORRELATION))
     expected, spread = neighbours.expect(rest)
     flowed, good = flow_forth_and_back(
-        reference.pyramid, current.pyramid, tracks.points[rest], expected, ASTRAY * spread
+        reference.pyramid, current.pyramid, tracks.points[rest], expected, LARGEST_DISAGREEMENT * spread
     )
     rest, flowed = rest[good], flowed[good]
-    found.put(rest, unaligned(flowed, found.likeness[rest]))
+    found.put(rest, unaligned(flowed, found.correlation[rest]))
     anchors[rest], pair_sigmas[rest] = np.hypot(tracks.sigmas[rest], _SIGMA_FLOW), _SIGMA_FLOW
     # If the images differ too much for patches and flow, the matched keypoints are used as detected.
-    bare = matched & ~found.good
+    as_detected = matched & ~found.good
     if found.good[matched].sum() > REFINABLE * matched.sum():
-        bare[:] = False
-    found.put(np.flatnonzero(bare), unaligned(keypoints[bare], found.likeness[bare]))
-    anchors[bare] = pair_sigmas[bare] = keypoint_sigma(current.resolution)
-    renewed = np.concatenate([rest, np.flatnonzero(bare)])
+        as_detected[:] = False
+    found.put(np.flatnonzero(as_detected), unaligned(keypoints[as_detected], found.correlation[as_detected]))
+    anchors[as_detected] = pair_sigmas[as_detected] = keypoint_sigma(current.resolution)
+    renewed = np.concatenate([rest, np.flatnonzero(as_detected)])
     return Places(
         found=found,
         anchors=anchors,
         pair_sigmas=pair_sigmas.astype(np.float32),
-        bare=bare,
+        as_detected=as_detected,
         renewed=renewed,
         patches=cut(current.pixels, found.points[renewed]),
-        smeared=None if alike is None else alike.smeared,
+        smeared=None if equalised is None else equalised.smeared,
     )
 
 
@@ -188,7 +188,7 @@ def _step(
     # The published sigma combines this one with the anchor. The track keeps its first patch and its anchor.
     beside = np.sqrt(np.maximum(spread**2 - tracks.anchors[rows] ** 2, 0))
     shapes = step.shapes @ tracks.shapes[rows]
-    found.put(rows, replace(step, shapes=shapes, sigmas=beside, likeness=found.likeness[rows]))
+    found.put(rows, replace(step, shapes=shapes, sigmas=beside, correlation=found.correlation[rows]))
     steps = np.full(len(tracks), np.nan)
     steps[rows] = errors
     return steps

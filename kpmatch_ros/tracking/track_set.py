@@ -136,13 +136,13 @@ def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray)
 def attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
     """The keypoints (T,) of points: the given ones, or else the nearest keypoint if it is close and still free."""
     found = detected.copy()
-    names, wants = np.flatnonzero(without(len(keypoints), detected)), np.flatnonzero(detected < 0)
-    if not len(names) or not len(wants):
+    free, unattached = np.flatnonzero(without(len(keypoints), detected)), np.flatnonzero(detected < 0)
+    if not len(free) or not len(unattached):
         return found
-    distance, nearest = _nearest(points[wants], keypoints[names], _ATTACHED)
+    distance, nearest = _nearest(points[unattached], keypoints[free], _ATTACHED)
     by_distance = np.argsort(distance, kind="stable")
     by_distance = by_distance[distance[by_distance] < _ATTACHED]
     _, first = np.unique(nearest[by_distance], return_index=True)
     nearer = by_distance[first]
-    found[wants[nearer]] = names[nearest[nearer]]
+    found[unattached[nearer]] = free[nearest[nearer]]
     return found

@@ -41,9 +41,9 @@ _NOISE = 0.35
 _NOISE_SIGMAS = 1.2
 _FALSE_END = 1e-3  # largest rate at which a static point is taken for a moving one
 _FALSE_FIND = 0.05  # the same rate for a position found by a search with the motion
-_AROUND = 5  # neighbouring points whose depths predict the depth of a point
+_DEPTH_NEIGHBOURS = 5  # points whose depths predict the depth of a point
 _LEAST_SPREAD = 0.3  # smallest assumed spread of the depths, relative to the depth
-_KNOWN = 1e-3  # in units of the noise: an inverse depth known to this precision does not move a point
+_SUFFICIENT_PRECISION = 1e-3  # in units of the noise: an inverse depth known to this precision does not move a point
 
 LARGEST_SIGMA = 5.0
 """Pixels: standard deviation of a point of unknown position. No track has a larger one."""
@@ -101,10 +101,10 @@ class Tracks:
         self._lost = LostTracks()
         self._descriptors: np.ndarray = np.zeros((0, 0), np.float32)  # of the reference's keypoints
         self._rows: np.ndarray = np.zeros(0, int)  # the reference's tracks that were found in the current image
-        self._astray: np.ndarray = np.zeros(0, int)  # the reference's tracks that are not on a static point
-        self._doubted: np.ndarray = np.zeros(0, bool)  # the rows that agree with a translation that may be right
+        self._not_static: np.ndarray = np.zeros(0, int)  # the reference's tracks that are not on a static point
+        self._undecided: np.ndarray = np.zeros(0, bool)  # the rows that agree with a translation that may be correct
         self._window = Window.start()
-        self._ahead: tuple[Structure, Camera] | None = None  # includes the current image, if the motion is known
+        self._scene: tuple[Structure, Camera] | None = None  # includes the current image, if the motion is known
 
     def new_ids(self, count: int) -> np.ndarray:
         """(count,) uint64 ids that no track has had before."""
@@ -137,7 +137,7 @@ class Tracks:
         # A keypoint away from the place where its track was found belongs to another point.
         apart = np.linalg.norm(keypoints - found.points, axis=1)
         detected[~(apart < longest_step(current.resolution))] = NOT_DETECTED
-        score = np.where(detected >= 0, score, found.likeness).astype(np.float32)
+        score = np.where(detected >= 0, score, found.correlation).astype(np.float32)
         alive[alive] = first_of_each_place(found.points[alive], tracks.ids[alive], score[alive])
         detected[alive] = attach(found.points[alive], detected[alive], current.keypoints)
 
@@ -156,8 +156,8 @@ class Tracks:
         descriptors = templates.descriptors[tracks.templates[changed]]
         following.templates[np.cumsum(alive)[changed] - 1] = templates.add(places.patches[renewed], descriptors)
         self._current = following
-        self._rows, self._astray, self._ahead = np.flatnonzero(alive), np.zeros(0, int), None
-        self._doubted = np.zeros(len(self._rows), bool)
+        self._rows, self._not_static, self._scene = np.flatnonzero(alive), np.zeros(0, int), None
+        self._undecided = np.zeros(len(self._rows), bool)
         return Links(
             indices=np.stack([tracks.indices[alive], following.indices], axis=1).astype(np.int64),
             reference_points=tracks.points[alive],
@@ -166,7 +166,7 @@ class Tracks:
             pair_sigmas=places.pair_sigmas[alive],
             scores=score[alive],
             track_ids=following.ids.copy(),
-            refined=~places.bare[alive],
+            refined=~places.as_detected[alive],
             smeared=places.smeared,
         )
 
@@ -198,18 +198,18 @@ class Tracks:
         seen[-1][:, rows] = sights(camera1, links.points).T
         known_in = np.isfinite(seen[:, 0])
         agree = rows[pose.inliers & known_in[-2:, rows].all(axis=0)]
-        doubted = np.zeros(len(rows), bool) if pose.doubted is None else pose.doubted
+        undecided = np.zeros(len(rows), bool) if pose.undecided is None else pose.undecided
         noise = max(_NOISE, _NOISE_SIGMAS * float(np.median(links.sigmas))) / camera1.focal
         motion = pose.rotation, pose.translation
         scene = Structure.of(self._window, seen[:, :, agree], motion, noise, pose.metric)
         wrong = scene.contradicts(_FALSE_END)
-        known, self._astray = agree[~wrong], agree[wrong]
+        known, self._not_static = agree[~wrong], agree[wrong]
         lost = known_in[-2] & (tracks.ids > 0)
-        lost[known], lost[rows[doubted]] = False, False
+        lost[known], lost[rows[undecided]] = False, False
         again, found = self._search(current, camera1, seen, np.flatnonzero(lost), known, scene.select(~wrong))
 
         stays = known_in[:-1].sum(axis=0) == 1
-        stays[agree], stays[known], stays[again], stays[rows[doubted]] = False, True, False, True
+        stays[agree], stays[known], stays[again], stays[rows[undecided]] = False, True, False, True
         stay = stays[rows]
         stay &= np.isin(rows, known) | apart(links.points, found.points, 1.0)  # the points found agree with the motion
         order = np.argsort(np.concatenate([rows[stay], again]), kind="stable")
@@ -227,16 +227,16 @@ class Tracks:
         self._rows = np.concatenate([rows[stay], again])[order]
         following.sights[:, :-1] = np.delete(tracks.sights[self._rows], scene.spare(), axis=1)
         # Tracks that agree with a rejected translation may be static or moving. The next frames decide.
-        self._doubted = np.concatenate([doubted[stay], np.zeros(len(again), bool)])[order]
-        following.sights[self._doubted] = np.nan
-        self._current, self._ahead = following, (scene, camera1)
+        self._undecided = np.concatenate([undecided[stay], np.zeros(len(again), bool)])[order]
+        following.sights[self._undecided] = np.nan
+        self._current, self._scene = following, (scene, camera1)
         settled = Links(
             indices=np.stack([tracks.indices[self._rows], following.indices], axis=1).astype(np.int64),
             reference_points=tracks.points[self._rows],
             points=following.points.copy(),
             sigmas=following.sigmas.copy(),
             pair_sigmas=np.concatenate([links.pair_sigmas[stay], found.sigmas])[order],
-            scores=np.concatenate([links.scores[stay], found.likeness])[order],
+            scores=np.concatenate([links.scores[stay], found.correlation])[order],
             track_ids=following.ids.copy(),
             refined=np.concatenate([links.refined[stay], found.good])[order],
         )
@@ -266,15 +266,16 @@ class Tracks:
         """
         assert self._current is not None and self._reference is not None
         tracks, image = self._reference, current.pixels
-        if len(known) < _AROUND:
+        if len(known) < _DEPTH_NEIGHBOURS:
             lost = lost[:0]
-        depths = scene.landmarks[2][tree(tracks.points[known]).query(tracks.points[lost], k=_AROUND)[1]]
+        depths = scene.landmarks[2][tree(tracks.points[known]).query(tracks.points[lost], k=_DEPTH_NEIGHBOURS)[1]]
         middle = np.median(depths, axis=1)
         spread = np.median(np.abs(depths - middle[:, None]), axis=1) + _LEAST_SPREAD * np.abs(middle)
-        spread = np.maximum(spread, _KNOWN * scene.noise)  # all inverse depths are 0 if the camera only turned
+        # All inverse depths are 0 if the camera only turned.
+        spread = np.maximum(spread, _SUFFICIENT_PRECISION * scene.noise)
         before = Window(scene.cameras.rotations[:-1], scene.cameras.translations[:-1])
-        seen_before, told = seen[:-1][:, :, lost], (scene.noise / spread) ** 2
-        landmarks = triangulate(before, seen_before, prior=middle, information=told)[0]
+        seen_before, prior_information = seen[:-1][:, :, lost], (scene.noise / spread) ** 2
+        landmarks = triangulate(before, seen_before, prior=middle, prior_information=prior_information)[0]
         x, y, inverse_depths = landmarks
         tracks.landmarks[lost] = np.stack([x, y, np.ones_like(x), inverse_depths], axis=1)
         expected = camera.project(project(scene.cameras, landmarks).T).astype(np.float32)
@@ -286,7 +287,7 @@ class Tracks:
         good = found.good & np.isfinite(seen[-1, 0])
         good[good] = ~current.hides(found.points[good])
         good &= ~place(scene.cameras, landmarks, seen, scene.noise).contradicts(_FALSE_FIND)
-        good[good] = first_of_each_place(found.points[good], tracks.ids[lost[good]], found.likeness[good])
+        good[good] = first_of_each_place(found.points[good], tracks.ids[lost[good]], found.correlation[good])
         places = np.zeros(len(tracks), bool)
         places[known] = True
         places = places[self._rows]
@@ -296,7 +297,7 @@ class Tracks:
     def advance(self, current: View, inliers: np.ndarray | None) -> None:
         """Make the current image the reference, and begin new tracks in empty areas.
 
-        A track that contradicts the motion ends, unless it agrees with a translation that may be the right one.
+        A track that contradicts the motion ends, unless it agrees with a translation that may be the correct one.
 
         Args:
             current: the image of the last :meth:`follow`.
@@ -304,20 +305,20 @@ class Tracks:
         """
         assert self._current is not None and self._reference is not None
         reference = self._reference
-        agree = np.ones(len(self._rows), bool) if inliers is None else inliers | self._doubted
+        agree = np.ones(len(self._rows), bool) if inliers is None else inliers | self._undecided
         ended = reference.ids > 0
-        ended[self._rows], ended[self._astray] = False, False
-        self._describe(agree)
-        self._lost.move_on(reference, None if self._ahead is None else self._ahead[0])
+        ended[self._rows], ended[self._not_static] = False, False
+        self._store_descriptors(agree)
+        self._lost.move_on(reference, None if self._scene is None else self._scene[0])
         self._lost.remember(reference.select(ended), self.memory)
         tracks = self._current.select(agree)
-        if self._ahead is None:
+        if self._scene is None:
             self._window, tracks.sights[:] = Window.start(), np.nan
         else:
-            self._window = self._ahead[0].cameras.advance(self._ahead[0].spare())
+            self._window = self._scene[0].cameras.advance(self._scene[0].spare())
         candidates = np.flatnonzero(without(len(current.keypoints), tracks.indices))
         candidates = candidates[apart(current.keypoints[candidates], tracks.points, _SPACE)]
-        camera = None if self._ahead is None else self._ahead[1]
+        camera = None if self._scene is None else self._scene[1]
         recalled = self._lost.recall(self._templates, current, camera, candidates, self.limit - len(tracks))
         if recalled is not None:
             tracks = tracks.join(recalled)
@@ -342,8 +343,8 @@ class Tracks:
             landmarks=np.full((count, 4), np.nan, np.float32),
         )
 
-    def _describe(self, agree: np.ndarray) -> None:
-        """Store the reference's descriptors of tracks that are keypoints there, and that end or are no keypoint now."""
+    def _store_descriptors(self, agree: np.ndarray) -> None:
+        """Store the reference's descriptors of tracks that are keypoints there, and end or are no longer keypoints."""
         assert self._current is not None and self._reference is not None
         reference, now = self._reference, self._reference.templates.copy()
         now[self._rows] = self._current.templates
