@@ -406,6 +406,7 @@ def test_where_confidences_have_no_effect_it_says_so(random_folder: Callable[...
     no_lightglue = ["no effect: the matcher is no LightGlue"] * 2
     assert list(FeatureMatcher(PARAMETERS, matcher="nearest").confidences().values()) == no_lightglue
     assert told(superglue={}) == no_lightglue
+    pytest.importorskip("onnxruntime")
     assert all(text.startswith("no effect: backend onnxruntime") for text in told(backend="onnxruntime"))
 
 

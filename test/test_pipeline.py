@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType, SimpleNamespace
@@ -121,7 +122,9 @@ def interrupted_at(step: int, work: Callable[[], Any], meanwhile: Callable[[], N
         return trace
 
     before = sys.gettrace()
-    sys._getframe().f_trace_opcodes = True  # Python 3.12 reports instructions only if a frame asks before settrace
+    frame = inspect.currentframe()
+    assert frame is not None
+    frame.f_trace_opcodes = True  # Python 3.12 reports instructions only if a frame asks before settrace
     sys.settrace(trace)
     try:
         work()

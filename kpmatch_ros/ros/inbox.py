@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 __all__ = ["Inbox", "Left"]
 
@@ -14,7 +15,8 @@ Request = TypeVar("Request")
 _MOST_REQUESTS = 16  # waiting requests
 
 
-class Left(NamedTuple, Generic[Request]):
+@dataclass(frozen=True)  # a NamedTuple cannot be generic in Python 3.10
+class Left(Generic[Request]):
     """The items and requests that were waiting when an inbox was closed. Items are only counted."""
 
     items: int
