@@ -24,7 +24,7 @@ from kpmatch_ros.bags.demo import DEMO_BAG
 from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.runtime.processor import processor_name
 
-MODES = {"all layers": (-1.0, -1.0), "dropping": (-1.0, 0.99), "stopping": (0.95, -1.0), "both": (0.95, 0.99)}
+MODES = {"all layers": (-1.0, -1.0), "pruning": (-1.0, 0.99), "stopping": (0.95, -1.0), "both": (0.95, 0.99)}
 
 
 def first(features: Features, count: int) -> Features:
@@ -46,20 +46,20 @@ def measure(matcher: FeatureMatcher, pairs: Sequence[tuple[Features, Features]])
             matcher.configure(matcher.parameters.replace({"depth_confidence": depth, "width_confidence": width}))
             if number == 0:
                 matcher.match(*pair)  # warm-up: the first call with new shapes takes longer
-            begun = time.process_time()
+            started = time.process_time()
             layers[mode].append(matcher.match(*pair).layers)
-            times[mode].append(1e3 * (time.process_time() - begun))
+            times[mode].append(1e3 * (time.process_time() - started))
     return {mode: (float(np.mean(times[mode])), float(np.mean(layers[mode]))) for mode in MODES}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bag", type=Path, default=DEMO_BAG, help="its first topic with images is taken")
+    parser.add_argument("--bag", type=Path, default=DEMO_BAG, help="bag whose first image topic is used")
     parser.add_argument("--keypoints", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--apart", type=int, default=1, help="frames from one image of a pair to the other")
+    parser.add_argument("--apart", type=int, default=1, help="number of frames from one image of a pair to the other")
     options = parser.parse_args(words)
     topic = image_topics(options.bag)[0].name
     records = itertools.islice(read_messages(options.bag, [topic]), options.pairs + options.apart)
@@ -69,9 +69,9 @@ def main(words: Sequence[str] | None = None) -> None:
     for precision in options.precision:
         # A threshold of 0: with the published one, an image may have too few keypoints for the largest numbers.
         matcher = FeatureMatcher(precision=precision, max_keypoints=max(options.keypoints), keypoint_threshold=0.0)
-        described = [matcher.extract(image) for image in images]
+        extracted = [matcher.extract(image) for image in images]
         for count in options.keypoints:
-            taken = [first(features, count) for features in described]
+            taken = [first(features, count) for features in extracted]
             found = measure(matcher, list(zip(taken, taken[options.apart :]))[: options.pairs])
             cells = " ".join(f"{f'{milliseconds:.0f} ({layers:.1f})':>14}" for milliseconds, layers in found.values())
             print(f"{precision:>10} {count:>10} {cells}", flush=True)

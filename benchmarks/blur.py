@@ -89,11 +89,11 @@ def main() -> None:
     """Print the NEES for each kind of blur."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23], help="courtyards")
-    parser.add_argument("--frames", type=int, default=17, help="of each")
+    parser.add_argument("--frames", type=int, default=17, help="number of frames in each courtyard")
     parser.add_argument(
-        "--only", nargs="+", choices=BLURS, default=list(BLURS), metavar="BLUR", help="of the kinds of blur"
+        "--only", nargs="+", choices=BLURS, default=list(BLURS), metavar="BLUR", help="only these kinds of blur"
     )
-    parser.add_argument("--full", action="store_true", help="640x480 pixels")
+    parser.add_argument("--full", action="store_true", help="640x480 pixels instead of 320x240")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     eye = demo_camera(distorted=False)

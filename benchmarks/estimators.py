@@ -201,7 +201,7 @@ def read_pairs(folder: Path, **options: Any) -> Iterator[Problem]:
     for line in (folder / "pairs_with_gt.txt").read_text().splitlines():
         names, numbers = line.split()[:2], np.array(line.split()[2:], np.float64)
         if numbers[:2].any():
-            raise SystemExit(f"{folder}: {names} are turned, which is not supported here")
+            raise SystemExit(f"{folder}: {names} are rotated, which is not supported here")
         truth = numbers[20:].reshape(4, 4)
         images = [cv2.cvtColor(cv2.imread(str(folder / name)), cv2.COLOR_BGR2RGB) for name in names]
         (height0, width0), (height1, width1) = (image.shape[:2] for image in images)
@@ -281,16 +281,22 @@ SCENES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="FOLDER", type=Path, help="image pairs with ground truth")
-    parser.add_argument("--orders", type=int, default=10, help="orders of the matches of each pair (default 10)")
-    parser.add_argument("--gate", type=float, default=1.0, help="largest error of an inlier, pixels (default 1)")
+    parser.add_argument(
+        "--orders", type=int, default=10, help="number of orders of the matches of each pair (default 10)"
+    )
+    parser.add_argument("--gate", type=float, default=1.0, help="inlier threshold, pixels (default 1)")
     parser.add_argument("--extractor", default="superpoint-open")
     parser.add_argument("--matcher", default="lightglue-superpoint-open")
     parser.add_argument("--precision", default="float32", help="of the networks (default float32)")
-    parser.add_argument("--resize", type=int, default=0, help="longest side that the extractor sees (default: as is)")
+    parser.add_argument(
+        "--resize", type=int, default=0, help="longest image side for the extractor, pixels (default: original size)"
+    )
     parser.add_argument("--max-keypoints", type=int, default=1024)
-    parser.add_argument("--matches", type=int, nargs="*", default=[300], help="matches of a scene (default 300)")
-    parser.add_argument("--scenes", type=int, default=50, help="of each kind, 0 for none (default 50)")
-    parser.add_argument("--only", default="", help="estimators with this in their names")
+    parser.add_argument(
+        "--matches", type=int, nargs="*", default=[300], help="number of matches of a scene (default 300)"
+    )
+    parser.add_argument("--scenes", type=int, default=50, help="number of scenes of each kind, 0 for none (default 50)")
+    parser.add_argument("--only", default="", help="only estimators whose names contain this text")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     if options.data is not None:

@@ -157,9 +157,11 @@ class Deadline:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("gpu"), help="for gpu.json and gpu.md")
-    parser.add_argument("--minutes", metavar="N", type=float, default=7.5, help="at most (default 7.5)")
-    parser.add_argument("--skip-tests", action="store_true", help="the benchmark alone")
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, default=Path("gpu"), help="folder for gpu.json and gpu.md (default: gpu)"
+    )
+    parser.add_argument("--minutes", metavar="N", type=float, default=7.5, help="time limit in minutes (default 7.5)")
+    parser.add_argument("--skip-tests", action="store_true", help="run only the benchmark")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = Deadline(60 * options.minutes)
@@ -170,13 +172,13 @@ def main() -> int:
         print(f"on {report.machine['gpu']}", flush=True)
     else:
         report.leave_out(
-            f"the GPU: PyTorch {torch.__version__} sees none; the tests and the benchmark run on the processor, "
-            "at small sizes, and the figures mean nothing"
+            f"the GPU: PyTorch {torch.__version__} finds none; the tests and the benchmark run on the processor, "
+            "at small sizes, and the figures are meaningless"
         )
         torch.set_num_threads(1)  # small networks gain nothing from more
     for module, purpose in (("rclpy", "the node and its messages"), ("rosbags", "bags")):
         if not can_import(module):
-            report.leave_out(f"{purpose}: there is no {module} here")
+            report.leave_out(f"{purpose}: {module} is not installed")
     try:
         if not options.skip_tests:
             run_tests(report, min(0.45 * deadline.left(), 200) if has_gpu else deadline.left())
@@ -189,10 +191,10 @@ def main() -> int:
             write(report, options.out)
             measure_peers(plan, film, report, deadline)
     except KeyboardInterrupt:
-        report.leave_out("the rest: it was interrupted")
+        report.leave_out("the rest: interrupted by the user")
     write(report, options.out)
     print((options.out / "gpu.md").read_text())
-    print(f"written: {options.out / 'gpu.json'}, {options.out / 'gpu.md'}")
+    print(f"wrote {options.out / 'gpu.json'} and {options.out / 'gpu.md'}")
     return 1 if report.failures else 0
 
 
@@ -236,9 +238,9 @@ def run_tests(report: Report, seconds: float) -> None:
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(seconds, 1))
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"they took longer than {seconds:.0f} s") from None
+            raise RuntimeError(f"the tests took longer than {seconds:.0f} s") from None
         if not result.is_file():
-            raise RuntimeError(f"pytest ended with status {done.returncode} and no result")
+            raise RuntimeError(f"pytest ended with status {done.returncode} and wrote no results")
         read_results(result, report)
 
 
@@ -288,7 +290,7 @@ def measure_all(plan: Plan, film: list[Image], report: Report, deadline: Deadlin
                     layers = "adaptive" if adaptive else "all layers"
                     what = f"{precision}, {count} keypoints, {mode(recorded)}, {layers}"
                     if deadline.left() < 100 and plan.device != "cpu":
-                        report.leave_out(f"{what}: there was no time")
+                        report.leave_out(f"{what}: no time left")
                         continue
                     with report.attempt(what):
                         report.rows += measure(plan, film, precision, count, recorded, adaptive)
@@ -336,7 +338,7 @@ def measure(
         )
     graphs = matcher.graphs
     if graphs is not None and not graphs.enabled:
-        raise RuntimeError(f"nothing was captured, and the figures are of eager work: {graphs.failure}")
+        raise RuntimeError(f"nothing was captured, so the figures are those of eager execution: {graphs.failure}")
     return rows
 
 
@@ -394,12 +396,12 @@ def measure_peers(plan: Plan, film: list[Image], report: Report, deadline: Deadl
         for precision in ("float16", "float32") if plan.device != "cpu" else ("float32",):
             if compiled and not plan.compiled_counts:
                 continue
-            what = f"beside {name}{', compiled' if compiled else ''}, {precision}"
+            what = f"compared with {name}{', compiled' if compiled else ''}, {precision}"
             if not can_import(name):
-                report.leave_out(f"{what}: there is no {name} here")
+                report.leave_out(f"{what}: {name} is not installed")
                 continue
             if deadline.left() < (75 if compiled else 35) and plan.device != "cpu":
-                report.leave_out(f"{what}: there was no time")
+                report.leave_out(f"{what}: no time left")
                 continue
             with report.attempt(what), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 report.peers += pool.submit(measure_peer, plan, film, name, compiled, precision).result()
@@ -442,7 +444,7 @@ def beside(
     with torch.autocast(plan.device, enabled=False):
         kept = matcher.extract(film[0])
     for _ in range(min(plan.repeats, 3)):
-        pair(), frame(), peer.match(peer.describe(film[0]), film[1])
+        pair(), frame(), peer.match(peer.extract(film[0]), film[1])
     ours: dict[str, list[float]] = {"pair": [], "frame": []}
     theirs: dict[str, list[float]] = {"pair": [], "frame": []}
     matches = 0
@@ -453,13 +455,13 @@ def beside(
                 ours["frame"].append(timed(frame))
                 continue
             started = time.perf_counter()
-            reference = peer.describe(film[0])
+            reference = peer.extract(film[0])
             wait()
-            described = time.perf_counter()
+            extracted = time.perf_counter()
             matches = peer.match(reference, film[1])
             ended = time.perf_counter()
             theirs["pair"].append((ended - started) * 1e3)
-            theirs["frame"].append((ended - described) * 1e3)  # transformers keeps no features: the same as a pair
+            theirs["frame"].append((ended - extracted) * 1e3)  # transformers keeps no features: the same as a pair
     row: dict[str, Any] = {
         "peer": label,
         "precision": precision,
@@ -518,11 +520,11 @@ def markdown(report: Report) -> str:
         lines += [
             *table(head, cells),
             "",
-            "To matches, to pose: a frame of the sequence from pixels, its reference's features kept.",
+            "To matches, to pose: time from the pixels of a frame of the sequence, with the reference's features kept.",
             "",
         ]
     if report.peers:
-        head = ("beside", "precision", "keypoints", "matches", "ours")
+        head = ("compared with", "precision", "keypoints", "matches", "ours")
         head += ("frame", "ours", "ratio", "pair", "ours", "ratio")
         cells = [
             [
@@ -543,8 +545,8 @@ def markdown(report: Report) -> str:
         lines += [
             *table(head, cells),
             "",
-            "Frame: one image described and matched with features that are kept, where "
-            "the other can keep them. Pair: both images described. All layers, ours captured.",
+            "Frame: features of one image are extracted and matched with kept features, if the other can keep them. "
+            "Pair: features of both images are extracted. All layers, ours captured.",
             "",
         ]
     for title, items in (

@@ -112,7 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bag", type=Path, help="a recording of a standing stereo pair")
     parser.add_argument("--sides", nargs=2, default=["/cam0", "/cam1"], help="its cameras (default /cam0 /cam1)")
-    parser.add_argument("--scenes", type=int, default=6, help="courtyards, 5 pairs each a step (default 6)")
+    parser.add_argument(
+        "--scenes", type=int, default=6, help="number of courtyards, with 5 pairs for each step (default 6)"
+    )
     options = parser.parse_args()
     cv2.setNumThreads(1)
     seeds = range(options.scenes)

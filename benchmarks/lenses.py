@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lenses", nargs="+", choices=LENSES, default=list(LENSES), metavar="LENS")
     parser.add_argument("--frames", type=int, default=9)
-    parser.add_argument("--start", type=int, default=20, help="where on the walk the film begins, frames")
+    parser.add_argument("--start", type=int, default=20, help="first frame of the walk")
     parser.add_argument("--seed", type=int, default=3, help="courtyard")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()

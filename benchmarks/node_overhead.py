@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=25)
     parser.add_argument("--keypoints", type=int, default=1024)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--features", action="store_true", help="with a subscriber to `features`")
+    parser.add_argument("--features", action="store_true", help="subscribe to `features`")
     options = parser.parse_args()
 
     camera = multiprocessing.get_context("spawn").Process(target=play, args=(options.frames, options.features))
@@ -143,7 +143,7 @@ def main() -> None:
         f"{len(own)} frames of 640x480 with {options.keypoints} keypoints, features "
         f"{'subscribed to' if options.features else 'not subscribed to'}; milliseconds, median (95th percentile)"
     )
-    for name, laps in (("front end", front_end[2:]), ("rclpy makes the Image", making), ("the node's own share", own)):
+    for name, laps in (("front end", front_end[2:]), ("rclpy creates the Image", making), ("the node's overhead", own)):
         print(f"{name:24} {1e3 * np.median(laps):8.2f} ({1e3 * np.percentile(laps, 95):.2f})")
 
 

@@ -25,7 +25,7 @@ from kpmatch_ros.parameters import Parameters
 from simulation import Scene, camera_path, demo_camera
 
 _NOISE = 2.0  # grey levels
-KINDS = ("all alike", "each its own")
+KINDS = ("equal sigmas", "own sigmas")
 
 
 class Twice:
@@ -36,7 +36,8 @@ class Twice:
 
     def __call__(self, *matches: Any, sigmas: np.ndarray | None, **options: Any) -> RelativePose:
         self.poses = {
-            kind: estimate_relative_pose(*matches, sigmas=told, **options) for kind, told in zip(KINDS, (None, sigmas))
+            kind: estimate_relative_pose(*matches, sigmas=given, **options)
+            for kind, given in zip(KINDS, (None, sigmas))
         }
         return self.poses[KINDS[1]]
 
@@ -59,24 +60,26 @@ def main() -> None:
     """Print two rows for each step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9, 10, 11, 12], help="courtyards")
-    parser.add_argument("--frames", type=int, default=13, help="of each courtyard")
-    parser.add_argument("--start", type=int, default=0, help="where on the walk the film begins, frames")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3], help="from frame to frame of a pair")
+    parser.add_argument("--frames", type=int, default=13, help="number of frames in each courtyard")
+    parser.add_argument("--start", type=int, default=0, help="first frame of the walk")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[1, 2, 3], help="distance between the frames of a pair, frames"
+    )
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     camera, path = demo_camera(), camera_path(options.start + options.frames)[options.start :]
     twice = Twice()
     frame_motion.estimate_relative_pose = twice  # type: ignore[assignment]
-    eyes = FrontEnd(Parameters(device=options.device, precision="float32"))
+    front_end = FrontEnd(Parameters(device=options.device, precision="float32"))
     outcomes: dict[tuple[int, str], list[Outcome]] = {(step, kind): [] for step in options.steps for kind in KINDS}
     pairs = dict.fromkeys(options.steps, 0)
     for seed in options.seeds:
         images = [view.image for view in Scene(seed).film(path, camera, noise=_NOISE, noise_seed=1000 * seed)]
         for step in options.steps:
             for first in range(step):
-                eyes.reset()
+                front_end.reset()
                 for number in range(first, len(path), step):
-                    pair = eyes.register([images[number]], [(number + 1) * 10**8], camera).pair
+                    pair = front_end.register([images[number]], [(number + 1) * 10**8], camera).pair
                     if pair is None:
                         continue
                     pairs[step] += 1
@@ -85,7 +88,7 @@ def main() -> None:
                         if pose.status is PoseStatus.OK:
                             outcomes[step, kind].append(judge(pose, truth))
     print(
-        "step     matches                     rotation, rms, median, largest (degrees)  direction  NEES, mean, median"
+        "step     sigmas                      rotation, RMS, median, largest (degrees)  direction  NEES, mean, median"
     )
     for (step, kind), found in outcomes.items():
         report(f"every {step}  {kind:12s}", found, pairs[step])

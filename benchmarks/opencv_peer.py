@@ -34,7 +34,7 @@ __all__ = ["OpenCV"]
 Image = NDArray[np.uint8]
 
 
-class Described(NamedTuple):
+class PeerFeatures(NamedTuple):
     """The features of an image.
 
     Attributes:
@@ -63,9 +63,9 @@ class OpenCV:
 
     def __init__(self, matcher: FeatureMatcher, dtype: torch.dtype) -> None:
         if dtype != torch.float32:
-            raise ValueError(f"it computes in float32 alone, not in {str(dtype).removeprefix('torch.')}")
+            raise ValueError(f"it computes only in float32, not in {str(dtype).removeprefix('torch.')}")
         if matcher.device.type != "cpu":
-            raise ValueError("its networks run on the processor alone: compare with --device cpu")
+            raise ValueError("its networks run only on the processor: compare with --device cpu")
         if not hasattr(cv2, "LightGlueMatcher"):
             raise ImportError(f"OpenCV {cv2.__version__} has no LightGlueMatcher")
         import onnxruntime  # noqa: F401
@@ -73,7 +73,7 @@ class OpenCV:
         ours = FeatureMatcher(matcher.parameters.replace({"precision": "float32", "device": "cpu"}))
         if not isinstance(ours.extractor, (SuperPoint, ALIKED)) or not isinstance(ours.matcher, LightGlue):
             kinds = f"{type(ours.extractor).__name__} and {type(ours.matcher).__name__}"
-            raise ValueError(f"compared are SuperPoint or ALIKED with LightGlue, not {kinds}")
+            raise ValueError(f"only SuperPoint or ALIKED with LightGlue can be compared, not {kinds}")
         self.name = f"OpenCV {cv2.__version__} float32"
         self._network: SuperPoint | ALIKED = ours.extractor
         self._extractors: dict[tuple[int, int], Any] = {}
@@ -89,7 +89,7 @@ class OpenCV:
             self._network.max_keypoints = count
             self._extractors.clear()
 
-    def describe(self, image: Image) -> Described:
+    def extract(self, image: Image) -> PeerFeatures:
         """Return the features of an image."""
         height, width = image.shape[:2]
         if (width, height) not in self._extractors:
@@ -99,15 +99,15 @@ class OpenCV:
         points = np.asarray(cv2.KeyPoint.convert(found), np.float32).reshape(-1, 2)[real]
         # OpenCV would normalise positions to a square. Without image sizes it uses the given positions unchanged.
         size = torch.tensor([[width, height]])
-        return Described(
+        return PeerFeatures(
             points, normalise_keypoints(torch.from_numpy(points)[None], size)[0].numpy(), descriptors[real]
         )
 
-    def match(self, reference: Described, image: Image) -> int:
+    def match(self, reference: PeerFeatures, image: Image) -> int:
         """Return the number of matches between extracted features and an image."""
-        return len(self.pairs(reference, self.describe(image)))
+        return len(self.pairs(reference, self.extract(image)))
 
-    def pairs(self, features0: Described, features1: Described) -> NDArray[np.int64]:
+    def pairs(self, features0: PeerFeatures, features1: PeerFeatures) -> NDArray[np.int64]:
         """Return the indices (M, 2) of matching points."""
         if len(features0.points) == 0 or len(features1.points) == 0:
             return np.empty((0, 2), np.int64)

@@ -317,9 +317,11 @@ def main() -> None:
     parser.add_argument("--planes", type=int, default=200, help="pairs (default 200)")
     parser.add_argument("--bodies", type=int, default=100, help="pairs (default 100)")
     parser.add_argument("--movers", type=int, default=280, help="pairs (default 280)")
-    parser.add_argument("--weak", type=int, default=200, help="pairs of scenes that tell little (default 200)")
-    parser.add_argument("--walks", action="store_true", help="the rendered walk too")
-    parser.add_argument("--frames", type=int, default=21, help="of the walk (default 21)")
+    parser.add_argument(
+        "--weak", type=int, default=200, help="pairs of scenes that constrain the motion weakly (default 200)"
+    )
+    parser.add_argument("--walks", action="store_true", help="also the rendered walk")
+    parser.add_argument("--frames", type=int, default=21, help="number of frames of the walk (default 21)")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     each = max(1, round(options.planes / len(TILTS) / len(MOTIONS)))

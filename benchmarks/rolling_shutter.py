@@ -35,7 +35,7 @@ _NOISE = 2.0  # grey levels
 _ROWS = 4  # rows of a band
 _STEP = 0.25  # metres between two poses of the path
 _INTERVAL = 0.1  # seconds between two frames
-KINDS = ("global", "told")
+KINDS = ("global", "rolling")
 
 
 class Walk:
@@ -74,16 +74,22 @@ class Twice:
 
     def __call__(self, *matches: Any, readout: float, prior: Any, **options: Any) -> RelativePose:
         self.poses = {"global": estimate_relative_pose(*matches, prior=prior, **options)}
-        self.poses["told"] = estimate_relative_pose(*matches, prior=prior, readout=readout, **options)
-        return self.poses["told"]
+        self.poses["rolling"] = estimate_relative_pose(*matches, prior=prior, readout=readout, **options)
+        return self.poses["rolling"]
 
 
 def main() -> None:
     """Print two rows for each readout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9, 10], help="courtyards")
-    parser.add_argument("--frames", type=int, default=9, help="of each courtyard")
-    parser.add_argument("--readouts", type=float, nargs="+", default=[0.1, 0.3, 0.6], help="parts of an interval")
+    parser.add_argument("--frames", type=int, default=9, help="number of frames in each courtyard")
+    parser.add_argument(
+        "--readouts",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.3, 0.6],
+        help="readout times, as shares of the interval between two frames",
+    )
     parser.add_argument("--step", type=float, default=0.05, help="metres from frame to frame")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -93,16 +99,16 @@ def main() -> None:
         (readout, kind): [] for readout in options.readouts for kind in KINDS
     }
     scenes = {seed: Scene(seed) for seed in options.seeds}
-    print("readout  estimate        rotation, rms, median, largest (degrees)  direction  NEES, mean, median")
+    print("readout  shutter         rotation, RMS, median, largest (degrees)  direction  NEES, mean, median")
     for readout in options.readouts:
         pairs = 0
         parameters = Parameters(device=options.device, precision="float32", readout_time=readout * _INTERVAL)
-        eyes = FrontEnd(parameters)
+        front_end = FrontEnd(parameters)
         for seed, scene in scenes.items():
-            eyes.reset()
+            front_end.reset()
             for number in range(options.frames):
                 image = read_by_rows(scene, walk, camera, number + 1, readout, 1000 * seed + number)
-                pair = eyes.register([image], [round(1e9 * _INTERVAL * (number + 1))], camera).pair
+                pair = front_end.register([image], [round(1e9 * _INTERVAL * (number + 1))], camera).pair
                 if pair is None:
                     continue
                 pairs += 1
@@ -113,7 +119,7 @@ def main() -> None:
                     if pose.status is PoseStatus.OK:
                         outcomes[readout, kind].append(judge(pose, truth))
         for kind in KINDS:
-            report(f"{readout:4.2f}  {kind:6s}", outcomes[readout, kind], pairs)
+            report(f"{readout:4.2f}  {kind:7s}", outcomes[readout, kind], pairs)
 
 
 if __name__ == "__main__":

@@ -297,8 +297,8 @@ def main() -> None:
     ours = Parameters(mode="stereo", rectified=True, device=options.device, max_keypoints=options.max_keypoints)
     matcher = Matcher(ours)
     tracks = outputs(bag, "tracks", ours)
-    print(f"{len(stamps)} frames, {way:.1f} m; absolute trajectory error in cm, and in % of the way")
-    print("                chained          smoothed         with loops       loops   ms a frame")
+    print(f"{len(stamps)} frames, {way:.1f} m; absolute trajectory error in cm, and in % of the path length")
+    print("                chained          smoothed         with loops       loops   ms per frame")
     for variant in options.variants:
         messages: list[tuple[str, Any]]
         if variant == "KLT":

@@ -189,7 +189,7 @@ def report(names: Sequence[str], views: Sequence[View], camera: Camera, matcher:
         first, _ = FrontEnd(front_end.parameters, matcher).register_frame(frames[0].image, 0)
         rows = zip(frames[1:], flow(frames, first.keypoints), tracks(frames, front_end, camera))
         print(
-            f"\n{name}: share alive and right, median and 90 % error (pixels)\n"
+            f"\n{name}: shares alive and correct, median and 90 % error (pixels)\n"
             "  age   KLT                        tracks"
         )
         squares, agree = [], []
@@ -228,7 +228,7 @@ def epipolar(bag: Path, matcher: FeatureMatcher) -> None:
     plain, ours = (
         FrontEnd(replace(matcher.parameters, max_gap=0.0, refine=refine), matcher) for refine in (False, True)
     )
-    print(f"\n{bag.name}: share found of the keypoints, median and 90 % distance from epipolar lines (pixels)")
+    print(f"\n{bag.name}: share of the keypoints found, median and 90 % distance from epipolar lines (pixels)")
     print("  pair  KLT                   tracks")
     grey: list[np.ndarray] = []
     for i, image in enumerate(images):

@@ -24,7 +24,7 @@ from kpmatch_ros.models import LightGlue, SuperGlue
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.detections import Detections
-from kpmatch_ros.models.lightglue import OnItsWay
+from kpmatch_ros.models.lightglue import PendingBool
 from kpmatch_ros.models.lightglue_layers import Points
 
 __all__ = ["SIZES", "CudaGraphs", "Recording", "batch_is_small", "places_for"]
@@ -368,14 +368,14 @@ class _RecordedLightGlue(_Recorded):
     def _run_layers(self) -> int:
         """Run layers until early stopping applies, and return the number of layers that count."""
         last = len(self._network.transformer_layers)
-        enough: OnItsWay | None = None
+        enough: PendingBool | None = None
         for layer in range(last):
             self._run_layer(layer)
             # The GPU already runs this layer while the host reads the stopping decision of the previous layer.
             if enough:
                 return layer
             if layer < last - 1:
-                enough = OnItsWay(self._sure[layer])
+                enough = PendingBool(self._sure[layer])
         return last
 
     def _run_layer(self, layer: int) -> None:

@@ -28,7 +28,7 @@ from kpmatch_ros.models.compiled import transforms
 from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.export import ExportError
 from kpmatch_ros.models.onnx_backend import OnnxBackend
-from kpmatch_ros.models.onnx_providers import Wish
+from kpmatch_ros.models.onnx_providers import RequestedProviders
 from kpmatch_ros.models.transformed import can_transform, transform_convolutions
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.runtime.device import choose_runtime, set_threads
@@ -411,9 +411,11 @@ class FeatureMatcher:
 
     def _load_onnx(self) -> OnnxBackend:
         names = dict.fromkeys(self.parameters.providers.replace(" ", "").split(","))
-        wish = Wish(list(names), half=self.parameters.precision == "float16", threads=torch.get_num_threads())
+        requested = RequestedProviders(
+            list(names), half=self.parameters.precision == "float16", threads=torch.get_num_threads()
+        )
         try:
-            backend = OnnxBackend(self.extractor, self.matcher, wish)
+            backend = OnnxBackend(self.extractor, self.matcher, requested)
         except ExportError as error:
             raise ParameterError(f"backend is 'onnxruntime', but {error}; or use the backend torch") from error
         if backend.note:

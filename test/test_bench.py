@@ -206,7 +206,8 @@ def test_weights_that_the_authors_package_cannot_hold_are_refused(
     words = ["--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL]
     status, out, err = run(*words, "--against", "lightglue")
     assert (status, out) == (2, "")
-    assert err == "kpmatch bench: --against lightglue: it has one projection for queries and keys, these weights two\n"
+    reason = "it has one projection for queries and keys, but these weights have two"
+    assert err == f"kpmatch bench: --against lightglue: {reason}\n"
 
 
 def test_xfeat_is_run_as_its_authors_have_it(
@@ -245,7 +246,7 @@ def test_xfeat_is_run_as_its_authors_have_it(
     status, _, err = run(*words, "--peer-precision", "float32,bfloat16")
     assert (status, err) == (
         2,
-        "kpmatch bench: --against xfeat: it computes in float32 alone, not in bfloat16\n",
+        "kpmatch bench: --against xfeat: it computes only in float32, not in bfloat16\n",
     )
 
 
@@ -279,7 +280,7 @@ def test_beside_others_it_is_said_that_tracks_were_not_refined(
         def max_keypoints(self, count: int) -> None:
             pass
 
-        def describe(self, image: Any) -> Any:
+        def extract(self, image: Any) -> Any:
             return image
 
         def match(self, reference: Any, image: Any) -> int:
@@ -333,7 +334,7 @@ def test_a_precision_that_a_device_lacks_is_left_out_of_several(
         (["--bag", "nowhere"], "nowhere"),
         (["--images", ".", "--bag", "x"], "not allowed with argument"),
         (["--against", "colmap"], "invalid choice: 'colmap'"),
-        (["--against", "opencv", "--peer-precision", "bfloat16"], "--against opencv: it computes in float32 alone"),
+        (["--against", "opencv", "--peer-precision", "bfloat16"], "--against opencv: it computes only in float32"),
         (["--peer-precision", "float8"], "precision is 'float8'; it must be one of"),
         (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder nowhere"),
         (["--plot", "a.wmf"], "--plot a.wmf: pictures are written as .png, .svg or .pdf"),

@@ -54,7 +54,7 @@ def test_the_matches_are_those_of_this_package(views: list[np.ndarray]) -> None:
     matcher = FeatureMatcher(max_keypoints=150, **ALL_LAYERS)
     peer = OpenCV(matcher, torch.float32)
     ours = [matcher.extract(view).numpy() for view in views]
-    theirs = [peer.describe(view) for view in views]
+    theirs = [peer.extract(view) for view in views]
     for i, j in ((0, 1), (1, 2)):
         found = matcher.match(ours[i], ours[j]).numpy()
         expected = positions(ours[i].keypoints, ours[j].keypoints, found.indices)
@@ -66,7 +66,7 @@ def test_the_matches_are_those_of_this_package(views: list[np.ndarray]) -> None:
     matcher.configure(matcher.parameters.replace({"max_keypoints": 30}))
     peer.max_keypoints(30)
     few = matcher.extract(views[0][:64]).numpy()
-    np.testing.assert_allclose(peer.describe(views[0][:64]).points, few.keypoints, atol=0.01)
+    np.testing.assert_allclose(peer.extract(views[0][:64]).points, few.keypoints, atol=0.01)
     assert peer.match(theirs[0], np.zeros((64, 64), np.uint8)) == 0
 
 
@@ -77,7 +77,7 @@ def test_aliked_finds_the_same_keypoints_in_colour(random_folder: Callable[..., 
     except WeightsError as error:
         pytest.skip(str(error))
     image = np.stack([texture(64, 96, seed) for seed in range(3)], axis=2)
-    expected, found = ours.extract(image).numpy(), OpenCV(ours, torch.float32).describe(image)
+    expected, found = ours.extract(image).numpy(), OpenCV(ours, torch.float32).extract(image)
     assert len(expected) > 20
     np.testing.assert_allclose(found.points, expected.keypoints, atol=0.01)
     np.testing.assert_allclose(found.descriptors, expected.descriptors, atol=1e-3)
@@ -106,5 +106,5 @@ def test_other_networks_are_refused(kpmatch: Run, views: list[np.ndarray], tmp_p
         cv2.imwrite(str(tmp_path / f"{i}.png"), view)
     words = ["--images", tmp_path, "--keypoints", 20, "--repeats", 1, "--device", "cpu", "--against", "opencv"]
     status, out, err = kpmatch("bench", *words, "--matcher", "nearest")
-    reason = "compared are SuperPoint or ALIKED with LightGlue, not SuperPoint and NearestNeighbour"
+    reason = "only SuperPoint or ALIKED with LightGlue can be compared, not SuperPoint and NearestNeighbour"
     assert (status, out, err) == (2, "", f"kpmatch bench: --against opencv: {reason}\n")

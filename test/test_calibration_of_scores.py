@@ -38,7 +38,7 @@ def made_up(seed: int, scale: float, shift: float, count: int = 1500) -> calibra
         rows.half(), columns.half(), torch.zeros(count, 2, dtype=torch.long), logits, torch.zeros(0), torch.ones(count)
     )
     scores = calibrate.log_scores([evidence], torch.tensor(scale), torch.tensor(shift)).exp()
-    evidence.right = torch.rand(count, generator=draw) < scores
+    evidence.correct = torch.rand(count, generator=draw) < scores
     return evidence
 
 
@@ -61,7 +61,7 @@ def test_folded_weights_give_the_scores_of_the_map(random_folder: SaveFolder, te
     change = calibrate.Map(1.3, -0.4)
     last = len(matcher.match_assignment_layers) - 1
     (before,) = calibrate.collect(extractor, matcher, [pair])[last]
-    assert len(before.right) > 10
+    assert len(before.correct) > 10
     calibrate.fold(matcher.match_assignment_layers[last], change)  # type: ignore[arg-type]
     (after,) = calibrate.collect(extractor, matcher, [pair])[last]
     kept = [before.chosen.tolist().index(match) for match in after.chosen.tolist() if match in before.chosen.tolist()]

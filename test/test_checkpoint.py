@@ -75,7 +75,7 @@ def test_what_holds_no_network_names_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot be read as weights"):
         network_type(tmp_path / "net.safetensors", DETECTORS)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(WeightsError, match=r"folder is no folder of weights: it has no model\.safetensors"):
+    with pytest.raises(WeightsError, match=r"folder is not a folder of weights: it has no model\.safetensors"):
         network_type(tmp_path / "folder", DETECTORS)
     with pytest.raises(WeightsError, match="no weights are called 'superpiont'"):
         network_type("superpiont", DETECTORS)

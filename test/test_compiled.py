@@ -232,7 +232,7 @@ def test_a_library_for_another_processor_is_not_loaded_in_silence(tmp_path: Path
     content = bytearray(compiled.LIBRARY.read_bytes())
     content[18] = 183 if content[18] != 183 else 62  # e_machine of ELF: AArch64, x86-64
     (tmp_path / "other.so").write_bytes(content)
-    with pytest.warns(RuntimeWarning, match=f"cannot be loaded on {platform.machine()}.*Build the package again"):
+    with pytest.warns(RuntimeWarning, match=f"cannot be loaded on {platform.machine()}.*Rebuild the package"):
         assert compiled.open_library(tmp_path / "other.so") is None
 
 

@@ -260,10 +260,10 @@ def test_a_copy_computes_as_the_original(walk: list[np.ndarray], precision: str)
 
 def test_what_pytorch_has_to_see_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = torch.zeros(2)
-    assert compiled.takes(numbers)
-    assert not compiled.takes(torch.zeros(2, requires_grad=True)) and not compiled.takes(numbers.to("meta"))
+    assert compiled.may_process(numbers)
+    assert not compiled.may_process(torch.zeros(2, requires_grad=True)) and not compiled.may_process(numbers.to("meta"))
     monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
-    assert not compiled.takes(numbers)
+    assert not compiled.may_process(numbers)
 
 
 # Availability

@@ -116,7 +116,7 @@ def test_a_matcher_and_its_extractor_share_a_folder(
         assert_same(NETWORKS[model].from_pretrained(tmp_path / "folder"), NETWORKS[model].from_pretrained(source))
     for found, written in zip(describe(tmp_path / "folder"), networks):
         assert (found.model, found.config, found.parameters) == (written.model, written.config, written.parameters)
-    with pytest.raises(WeightsError, match=f"holds {matcher} and {extractor}, a .safetensors file only one network"):
+    with pytest.raises(WeightsError, match=f"holds {matcher} and {extractor}, but a .safetensors file only one"):
         convert(tmp_path / "folder", tmp_path / "net.safetensors")
 
 
@@ -202,7 +202,7 @@ def test_an_option_that_a_network_does_not_know_is_named(
     part = config["keypoint_detector_config"] if matcher and wrong == extractor else config
     part["rotate_first"] = True
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=f"sets rotate_first, which this {wrong} does not know"):
+    with pytest.raises(WeightsError, match=f"sets rotate_first, which this {wrong} does not support"):
         NETWORKS[wrong].from_pretrained(folder)
     with pytest.raises(WeightsError, match="rotate_first"):
         describe(folder)

@@ -87,7 +87,7 @@ def test_attention_is_left_to_pytorch_where_the_processor_multiplies_in_tiles(
     monkeypatch.setattr("kpmatch_ros.feature_matcher.has_amx", lambda: tiles)
     folder = str(random_folder())
     matcher = FeatureMatcher(PARAMETERS, extractor=folder, matcher=folder).matcher
-    ways = {module.by_hand for module in matcher.modules() if isinstance(module, Attention)}  # type: ignore[union-attr]
+    ways = {module.head_by_head for module in matcher.modules() if isinstance(module, Attention)}  # type: ignore[union-attr]
     assert ways == {not tiles}
 
 

@@ -96,9 +96,9 @@ def test_standard_deviations_are_those_of_the_cameras_pixels() -> None:
     points, sigmas = np.array([[10.0, 20.0], [300.0, 100.0]]), np.array([0.1, 0.5])
     camera, cut = Camera(*SIZE, MATRIX), np.array([[2.0, 0, 7], [0, 2, -3], [0, 0, 1]])
     whole = Motion(np.eye(3), np.ones(3), (camera, camera))
-    np.testing.assert_array_equal(whole.seen_sigmas(points, sigmas), sigmas)
+    np.testing.assert_array_equal(whole.sigmas_in_camera_pixels(points, sigmas), sigmas)
     cropped = Motion(np.eye(3), np.ones(3), (camera, camera), (np.eye(3), cut))
-    np.testing.assert_allclose(cropped.seen_sigmas(points, sigmas), 2 * sigmas)
+    np.testing.assert_allclose(cropped.sigmas_in_camera_pixels(points, sigmas), 2 * sigmas)
 
 
 def test_the_likelier_of_two_motions_counts_as_a_pose() -> None:

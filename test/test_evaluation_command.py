@@ -54,7 +54,7 @@ def test_without_a_pair_to_compare_nothing_is_written(tmp_path: Path, capsys: py
     said = refusal(["--peers", "sift"], tmp_path, capsys)
     assert all(str(tmp_path / "eval" / name) in said for name in ("rooms_heldout.npz", "photos_heldout.npz", "scannet"))
     said = refusal(["--peers", "sift", "--groups", "graf", "rooms"], tmp_path, capsys)
-    assert f"not there: {tmp_path / 'eval' / 'opencv'}, {tmp_path / 'eval' / 'rooms_heldout.npz'}\n" in said
+    assert f"missing: {tmp_path / 'eval' / 'opencv'}, {tmp_path / 'eval' / 'rooms_heldout.npz'}\n" in said
     (tmp_path / "eval").mkdir()
     shards.write_photos(tmp_path / "eval" / "photos_heldout.npz", [], [])
     assert "no pair to compare" in refusal(["--peers", "sift"], tmp_path, capsys)
@@ -68,7 +68,7 @@ def test_two_weights_of_one_name_are_refused(
         (tmp_path / run).mkdir()
         (tmp_path / run / "export").symlink_to(random_folder())
     words = ["--peers", "--nms-radius", "2", "--weights", *(f"{tmp_path}/{run}/export" for run in ("first", "second"))]
-    assert "2 matchers are called export r2 sub: name them apart" in refusal(words, tmp_path, capsys)
+    assert "2 matchers are called export r2 sub: give them different names" in refusal(words, tmp_path, capsys)
 
 
 def test_peers_whose_files_are_missing_are_left_out_unless_they_are_asked_for(

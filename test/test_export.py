@@ -220,7 +220,7 @@ def test_sinkhorn_with_logarithms_alone_gives_the_same_plan() -> None:
 
 
 def test_what_cannot_be_exported_is_named(extractor: SuperPoint, lightglue: Any) -> None:
-    with pytest.raises(ExportError, match="extractor is ALIKED, and only SuperPoint"):
+    with pytest.raises(ExportError, match="extractor is ALIKED, but only SuperPoint"):
         check_exportable(ALIKED(), lightglue())
     with pytest.raises(ExportError, match="matcher is NearestNeighbour, which has no network"):
         check_exportable(extractor, NearestNeighbour())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kpmatch_ros.models import LightGlue, NearestNeighbour, trace
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures, mutual_matches
-from kpmatch_ros.models.lightglue import OnItsWay, normalise_keypoints
+from kpmatch_ros.models.lightglue import PendingBool, normalise_keypoints
 from kpmatch_ros.models.lightglue_layers import Attention
 
 Modes = dict[str, float]
@@ -146,12 +146,12 @@ def test_the_next_layer_has_begun_before_the_host_asks_whether_the_last_was_enou
     for i, layer in enumerate(model.transformer_layers):
         layer.register_forward_hook(lambda *_, i=i: events.append(f"layer {i + 1}"))
 
-    class Watched(OnItsWay):
+    class Watched(PendingBool):
         def __bool__(self) -> bool:
             events.append("asked")
             return super().__bool__()
 
-    monkeypatch.setattr("kpmatch_ros.models.lightglue.OnItsWay", Watched)
+    monkeypatch.setattr("kpmatch_ros.models.lightglue.PendingBool", Watched)
     layers = int(run(model, ahead=True).layers)
     assert 1 < layers < len(model.transformer_layers) - 1
     assert events == ["layer 1", *(event for i in range(layers) for event in (f"layer {i + 2}", "asked"))]
@@ -371,11 +371,11 @@ def test_a_network_without_attention_has_nothing_to_record() -> None:
 
 @pytest.mark.parametrize("count", [1, 100, 1100])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool, by_hand: bool) -> None:
+@pytest.mark.parametrize("head_by_head", [False, True])
+def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool, head_by_head: bool) -> None:
     torch.manual_seed(0)
     attention = Attention(64, heads=4, key_value_heads=2, bias=True).requires_grad_(False)
-    attention.by_hand = by_hand
+    attention.head_by_head = head_by_head
     x = torch.randn(2, count, 64).bfloat16().float()  # with 1100 points, a head is processed in two parts
     rotation = torch.polar(torch.ones(2, 1, count, 8), torch.rand(2, 1, count, 8))
     mask = torch.rand(2, count) < 0.7 if masked else None
@@ -390,11 +390,11 @@ def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool,
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_cross_attention_of_both_images_at_once_is_that_of_each(masked: bool, by_hand: bool) -> None:
+@pytest.mark.parametrize("head_by_head", [False, True])
+def test_cross_attention_of_both_images_at_once_is_that_of_each(masked: bool, head_by_head: bool) -> None:
     torch.manual_seed(0)
     attention = Attention(64, heads=4, key_value_heads=4, bias=True).requires_grad_(False)
-    attention.by_hand = by_hand
+    attention.head_by_head = head_by_head
     attention.k_proj = attention.q_proj
     attention.q_proj.weight *= 20  # similarities of several hundred, as with trained weights
     attention.to(torch.bfloat16)

@@ -35,8 +35,8 @@ def batch(seed: int) -> lightglue_loss.Batch:
     descriptors = nn.functional.normalize(torch.randn(2, 200, 32, generator=draw), dim=-1)
     noise = 0.05 * torch.randn(2, 200, 32, generator=draw)
     alike = nn.functional.normalize(descriptors + noise, dim=-1)
-    partners, alone = torch.arange(200).expand(2, -1), torch.zeros(2, 200, dtype=torch.bool)
-    return lightglue_loss.Batch((points, points + 1), (descriptors, alike), partners, (alone, alone), SIZE)
+    partners, unmatched = torch.arange(200).expand(2, -1), torch.zeros(2, 200, dtype=torch.bool)
+    return lightglue_loss.Batch((points, points + 1), (descriptors, alike), partners, (unmatched, unmatched), SIZE)
 
 
 def last_states(model: LightGlue, seen: lightglue_loss.Batch) -> torch.Tensor:
@@ -112,5 +112,5 @@ def test_what_is_kept_is_not_taken_for_another_width_or_for_that_of_another_teac
 def test_keys_of_their_own_are_refused(wide: LightGlue) -> None:
     attention: Any = wide.transformer_layers[1].cross_attention
     attention.k_proj = nn.Linear(48, 48)
-    with pytest.raises(ValueError, match="layer 1 has other weights for keys than for queries"):
+    with pytest.raises(ValueError, match="layer 1 has different weights for keys and queries"):
         narrow(wide, [batch(0)], 32)

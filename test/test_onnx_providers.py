@@ -85,8 +85,8 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], list[str]]
 
 
 def test_what_the_installed_runtime_lacks_is_said_and_the_next_is_taken(weights: Path, images: list[Any]) -> None:
-    said = f"onnxruntime {VERSION} is without tensorrt (not built in), cuda (not built in); it runs on cpu"
-    with pytest.warns(RuntimeWarning, match=r"without tensorrt .* it runs on cpu$"):
+    said = f"onnxruntime {VERSION} lacks the providers tensorrt (not built in), cuda (not built in); it runs on cpu"
+    with pytest.warns(RuntimeWarning, match=r"lacks the providers tensorrt .* it runs on cpu$"):
         matcher = load(weights, "tensorrt, cuda,cpu")
     assert matcher.onnx is not None and matcher.onnx.providers == ["cpu"] and matcher.onnx.note == said
     plain = load(weights, "cpu")
@@ -109,7 +109,8 @@ def test_where_nothing_wished_for_is_there_the_error_names_what_is(weights: Path
 def test_what_is_built_in_and_does_not_start_is_said(weights: Path, sessions: Any) -> None:
     imitated = sessions(["tensorrt", "cuda", "cpu"], ["cuda", "cpu"])
     with pytest.warns(
-        RuntimeWarning, match=r"is without tensorrt \(did not start\); it runs on cuda, in float32: float16"
+        RuntimeWarning,
+        match=r"lacks the providers tensorrt \(did not start\); it runs on cuda, in float32, .* supports float16",
     ):
         matcher = load(weights, "tensorrt,cuda,cpu", precision="float16")
     assert matcher.onnx is not None and matcher.onnx.providers == ["cuda", "cpu"]

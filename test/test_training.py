@@ -60,10 +60,10 @@ def sampled(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return nn.functional.grid_sample(image, (points / limits * 2 - 1)[:, None], align_corners=True)[:, 0, 0]
 
 
-def named(template: str, count: int, watched: bool = False) -> list[str]:
-    """Return names of training or (``watched``) validation images."""
+def named(template: str, count: int, validation: bool = False) -> list[str]:
+    """Return names of images for training, or for validation."""
     names = (template.format(i) for i in itertools.count())
-    return list(itertools.islice((n for n in names if (zlib.crc32(n.encode()) % 20 == 0) == watched), count))
+    return list(itertools.islice((n for n in names if (zlib.crc32(n.encode()) % 20 == 0) == validation), count))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 21 photographs, and of a wall with a board in front of it, seen by three cameras."""
     path = tmp_path_factory.mktemp("shards")
     pictures = [shards.encode_grey(texture(240, 320, i)) for i in range(21)]
-    shards.write_photos(path / "photos_0.npz", pictures, named("photo_{}", 20) + named("photo_{}", 1, watched=True))
+    shards.write_photos(path / "photos_0.npz", pictures, named("photo_{}", 20) + named("photo_{}", 1, validation=True))
     matrix = np.array([[200.0, 0, 159.5], [0, 200, 119.5], [0, 0, 1]])
     cameras, encoded = [], []
     for shift in (0.0, 0.3, 0.6):
@@ -80,7 +80,7 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cameras.append(pose)
         encoded.append(shards.encode_view(*room(texture, matrix, shift)))
     pairs, overlaps = [(0, 1), (1, 2), (0, 2)], [(0.8, 0.8)] * 3
-    for number, (place,) in enumerate((named("hall_{}", 1), named("hall_{}", 1, watched=True))):
+    for number, (place,) in enumerate((named("hall_{}", 1), named("hall_{}", 1, validation=True))):
         shards.write_rooms(
             path / f"rooms_{number}.npz",
             encoded,
@@ -203,15 +203,15 @@ def test_places_are_as_true_along_the_border_as_elsewhere() -> None:
 def test_one_photograph_and_one_place_of_a_room_in_twenty_are_only_watched_whatever_else_there_is(
     folder: Path, texture: Texture, tmp_path: Path
 ) -> None:
-    trained, watched = views.load(folder, CPU)
+    trained, validation = views.load(folder, CPU)
     assert [len(source) for source in trained] == [20, 3]
-    assert [len(source) for source in watched] == [1, 3]
+    assert [len(source) for source in validation] == [1, 3]
     names = [f"photo_{i}" for i in range(2000)]
-    chosen = views.watched_of(names)
+    chosen = views.are_for_validation(names)
     assert 60 < chosen.sum() < 140
-    assert views.watched_of(["one_more", *names])[1:].tolist() == chosen.tolist()
+    assert views.are_for_validation(["one_more", *names])[1:].tolist() == chosen.tolist()
     few = named("photo_{}", 3)
-    assert views.watched_of(few).sum() == 1  # there is always a validation image
+    assert views.are_for_validation(few).sum() == 1  # there is always a validation image
 
 
 def test_a_shard_without_a_view_of_a_room_is_as_none(folder: Path, tmp_path: Path) -> None:
@@ -326,8 +326,10 @@ def test_true_partners_are_mutual_and_near_and_what_is_unknown_or_beside_one_is_
 def matching_batch(model: LightGlue, partners: torch.Tensor) -> lightglue_loss.Batch:
     points = torch.rand(2, 20, 2, generator=draw(1)) * 100
     descriptors = nn.functional.normalize(torch.randn(2, 20, model.input_dim, generator=draw(2)), dim=-1)
-    alone = partners < 0
-    return lightglue_loss.Batch((points, points + 1), (descriptors, descriptors), partners, (alone, alone), SIZE)
+    unmatched = partners < 0
+    return lightglue_loss.Batch(
+        (points, points + 1), (descriptors, descriptors), partners, (unmatched, unmatched), SIZE
+    )
 
 
 def test_the_loss_is_smaller_for_the_true_assignment_and_reaches_every_layer(randomise_lightglue: Any) -> None:
@@ -359,12 +361,12 @@ def test_points_whose_true_match_is_out_of_a_networks_reach_are_alone(randomise_
     found = lightglue_loss.within_reach(opinion, batch, 0.01)
     assert torch.equal(found.partners, torch.where(said >= 0.01, batch.partners, -1))
     assert (found.partners[:, 1::2] < 0).all() and (found.partners[:, ::2] >= 0).sum() > 15
-    for side, alone in enumerate(batch.alone):
+    for side, unmatched in enumerate(batch.unmatched):
         for b in range(len(said)):
             lost = said[b] < 0.01
             names = lost.nonzero()[:, 0] if side == 0 else batch.partners[b, lost]
-            expected = alone[b].index_fill(0, names, True)
-            assert torch.equal(found.alone[side][b], expected) and expected.sum() > alone[b].sum()
+            expected = unmatched[b].index_fill(0, names, True)
+            assert torch.equal(found.unmatched[side][b], expected) and expected.sum() > unmatched[b].sum()
 
 
 # --- runs ---
@@ -393,7 +395,7 @@ def steps(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     return {
         line["step"]: {key: value for key, value in line.items() if key not in ("seconds", "progress")}
         for line in log
-        if "watched" not in line
+        if "validation" not in line
     }
 
 
@@ -428,7 +430,7 @@ def test_batches_that_are_kept_are_made_once_and_are_the_same_in_every_run() -> 
 def test_batches_of_which_none_is_kept_are_made_anew() -> None:
     batches = loop.Batches(lambda number: [number], 0, settings())
     assert [batches.of(step) for step in range(1, 7)] == [[1], [2], [3], [4], [5], [6]]
-    assert set(batches.begun) <= {7, 8}
+    assert set(batches.futures) <= {7, 8}
 
 
 def test_a_batch_that_cannot_be_made_ends_the_training_that_asks_for_it() -> None:
@@ -489,7 +491,7 @@ def test_a_training_goes_on_with_the_networks_that_it_has_and_loses_none(tmp_pat
     learnt(tmp_path, ["full", "fast"], 2, 1)
     before = (tmp_path / "points.pt").read_bytes()
     for names in (["full"], ["full", "fast", "third"]):
-        with pytest.raises(ValueError, match=r"points\.pt holds fast, full: go on with just that"):
+        with pytest.raises(ValueError, match=r"points\.pt holds fast, full: continue with exactly these networks"):
             learnt(tmp_path, names, 2, 2)
     assert (tmp_path / "points.pt").read_bytes() == before
     learnt(tmp_path, ["full", "fast"], 2, 2)
@@ -551,9 +553,9 @@ def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder:
     assert torch.equal(glue["tensors"][f"{layer}.q_proj.weight"], glue["tensors"][f"{layer}.k_proj.weight"])
     content = (out / "matching.weights.pt").read_bytes()
     assert b"".join(path.read_bytes() for path in sorted(out.glob("matching.weights.pt.*"))) == content
-    begun, fits = train.build("matching", "full", str(out / "matching.weights.pt"), CPU)
+    loaded, fits = train.build("matching", "full", str(out / "matching.weights.pt"), CPU)
     assert fits and torch.equal(
-        begun.state_dict()[f"{layer}.q_proj.bias"], glue["tensors"][f"{layer}.q_proj.bias"].float()
+        loaded.state_dict()[f"{layer}.q_proj.bias"], glue["tensors"][f"{layer}.q_proj.bias"].float()
     )
 
 
@@ -595,9 +597,9 @@ def test_weights_of_another_architecture_are_not_taken_for_a_small_pair_to_begin
     folder: Path, teacher: Path, tmp_path: Path
 ) -> None:
     start = str(points_file(tmp_path, fast={"decoder_hidden_size": 32}))
-    with pytest.raises(ValueError, match="is of another architecture than the fast network"):
+    with pytest.raises(ValueError, match="has another architecture than the fast network"):
         distilled(folder, teacher, tmp_path / "run", "points", "--steps", "1", "--start", start)
-    with pytest.raises(KeyError, match="holds full, fast, no network called slow"):
+    with pytest.raises(KeyError, match="holds full, fast, but no network called slow"):
         export.read_trained(SuperPoint, Path(start), "slow")
 
 
@@ -607,7 +609,7 @@ def test_a_network_that_begins_with_random_weights_says_so(
 ) -> None:
     start = points_file(tmp_path, fast={"descriptor_decoder_dim": 64})
     run(folder, tmp_path / "second", "points", "--steps", "1", "--start", str(start))
-    said = f"begins with random weights: --start {start} is of another architecture"
+    said = f"starts from random weights: --start {start} has another architecture"
     assert f"fast {said}" in (printed := capsys.readouterr().out) and f"full {said}" not in printed
 
 
@@ -651,13 +653,20 @@ def test_the_script_for_a_gpu_begins_every_stage_with_what_it_is_told(tmp_path: 
     assert "--start" not in commands_of_the_script_for_a_gpu(tmp_path, "--stage", "distil").stdout
 
 
+def test_the_script_for_a_gpu_has_the_batches_of_the_recipe_unless_others_are_given(tmp_path: Path) -> None:
+    for stage, expected in (("both", ["16", "32"]), ("points", ["16"]), ("matching", ["32"]), ("distil", ["4", "32"])):
+        for more, batches in (([], expected), (["--", "--batch", "2"], ["2"] * len(expected))):
+            commands = commands_of_the_script_for_a_gpu(tmp_path, "--stage", stage, *more).stdout.splitlines()
+            assert [line.rpartition("--batch ")[2].split()[0] for line in commands] == batches
+
+
 def test_the_script_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
     done = subprocess.run([*GPU_RUN, "--minutes", "1"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--shards and --out are needed" in done.stderr
+    assert "--shards and --out are required" in done.stderr
     done = commands_of_the_script_for_a_gpu(tmp_path, "--stage", "piont")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "there is no stage piont" in done.stderr and not list(tmp_path.iterdir())
+    assert "unknown stage piont" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_clusters_of_a_room_are_counted_from_the_first_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -716,7 +725,7 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
 
 
 def test_what_does_not_belong_together_is_not_exported(tmp_path: Path, small_superpoint: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="descriptors have 64 numbers, and the LightGlue takes 128"):
+    with pytest.raises(ValueError, match="descriptors have size 64, but the LightGlue takes size 128"):
         export.export(SuperPoint(**small_superpoint), LightGlue(input_dim=128), tmp_path)
 
 
@@ -743,11 +752,11 @@ def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) 
 
 def test_what_is_watched_is_the_same_in_every_run(folder: Path) -> None:
     """For any seed and batch size, so that runs can be compared."""
-    _, watched = views.load(folder, CPU)
+    _, validation = views.load(folder, CPU)
     seen = []
     for seed, batch in ((0, 1), (3, 7)):
         settings = loop.Settings(CPU, batch, SIZE, seed, None)
-        seen.append(list(loop.watched_parts(watched, settings, 5)))
+        seen.append(list(loop.validation_parts(validation, settings, 5)))
     assert [name for name, _, _ in seen[0]] == ["Photos", "Photos", "RoomViews", "RoomViews"]
     assert [len(pairs.images[0]) for _, pairs, _ in seen[0]] == [4, 1, 4, 1]
     for (_, first, draw0), (_, second, draw1) in zip(*seen):
@@ -756,7 +765,7 @@ def test_what_is_watched_is_the_same_in_every_run(folder: Path) -> None:
     four, one = (pairs.images[1] for _, pairs, _ in seen[0][:2])
     assert not torch.equal(four[:1], one), "each part has views of its own"
     counts = iter((4.0, 9.0, 0.0, 5.0))
-    figures = loop.watched_means(watched, settings, 5, lambda name, pairs, draw: {name: next(counts)})
+    figures = loop.validation_means(validation, settings, 5, lambda name, pairs, draw: {name: next(counts)})
     assert figures == {"Photos": 5.0, "RoomViews": 1.0}, "each pair counts alike"
 
 
@@ -808,9 +817,9 @@ def test_what_is_distilled_is_least_where_the_small_networks_say_what_the_large_
     model, other = (SuperPoint(**train.SUPERPOINTS["full"]) for _ in range(2))
     for seed, each in enumerate((model, other)):
         randomise_superpoint(each, seed)
-    taught = distil.teach(model, views.load(folder, CPU)[0], settings, 0)
-    images = taught.images.float() / 255
-    same, differs = (distil.points_losses(superpoint_loss.run(each, images), taught) for each in (model, other))
+    targets = distil.teacher_outputs(model, views.load(folder, CPU)[0], settings, 0)
+    images = targets.images.float() / 255
+    same, differs = (distil.points_losses(superpoint_loss.run(each, images), targets) for each in (model, other))
     assert abs(same["points"]) < 1e-2 < differs["points"]
     assert abs(same["descriptors"]) < 1e-2 < differs["descriptors"]
     assert same["contrast"] < 0.5 * differs["contrast"]

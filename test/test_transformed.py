@@ -12,7 +12,7 @@ from torch import nn
 from kpmatch_ros import feature_matcher
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.models import compiled, transformed
-from kpmatch_ros.models.transformed import TransformedConv2d, can_transform, takes_transform, transform_convolutions
+from kpmatch_ros.models.transformed import TransformedConv2d, can_transform, transform_convolutions, uses_transform
 from kpmatch_ros.runtime import processor
 
 pytestmark = pytest.mark.skipif(not can_transform(), reason="this PyTorch has no NNPACK, or not for this processor")
@@ -34,7 +34,7 @@ def test_the_transform_gives_what_a_convolution_gives(
     x = torch.randn(batch, inputs, height, width)
     expected = plain.double()(x.double()).float()
     ours = TransformedConv2d.of(plain.float())
-    assert takes_transform(ours, x)
+    assert uses_transform(ours, x)
     for given in (x, x.to(memory_format=torch.channels_last), torch.cat([x, x], dim=3)[..., :width]):
         assert torch.allclose(ours(given), expected, rtol=0, atol=2e-4)  # values of up to 3
 
@@ -61,7 +61,7 @@ def test_more_numbers_than_the_transform_has_memory_for_are_convolved_plainly(mo
     ours = TransformedConv2d.of(plain)
     assert not torch.equal(ours(x), expected)
     monkeypatch.setattr(transformed, "MOST_NUMBERS", x.numel() - 1)
-    assert not takes_transform(ours, x)
+    assert not uses_transform(ours, x)
     assert torch.equal(ours(x), expected)
 
 

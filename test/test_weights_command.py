@@ -236,15 +236,15 @@ def test_a_target_that_is_neither_a_folder_nor_a_safetensors_file_is_refused(run
 
 def test_a_text_is_no_weights(run: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hi\n")
-    assert "(it is no file of PyTorch)" in refused(run("weights", "info", tmp_path / "notes.txt"))
+    assert "(it is not a PyTorch file)" in refused(run("weights", "info", tmp_path / "notes.txt"))
 
 
 def test_a_target_that_exists_is_left_alone(run: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    assert "is there already" in refused(run("weights", "convert", "superpoint-open", tmp_path / "folder"))
+    assert "already exists" in refused(run("weights", "convert", "superpoint-open", tmp_path / "folder"))
     assert not list((tmp_path / "folder").iterdir())
     (tmp_path / "link").symlink_to("nowhere")
-    assert "is there already" in refused(run("weights", "convert", "superpoint-open", tmp_path / "link"))
+    assert "already exists" in refused(run("weights", "convert", "superpoint-open", tmp_path / "link"))
     assert (tmp_path / "link").is_symlink()
 
 

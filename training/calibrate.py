@@ -49,7 +49,7 @@ class Evidence:
         columns: (M, N0) float16, similarities of its point of image 1 with all points of image 0.
         chosen: (M, 2) int64, indices of the match in ``rows`` and in ``columns``.
         logits: (M, 2) logits of both points' matchability.
-        right: (M,) bool, correct matches.
+        correct: (M,) bool, correct matches.
         weight: (M,) weight of each match.
     """
 
@@ -57,7 +57,7 @@ class Evidence:
     columns: Tensor
     chosen: Tensor
     logits: Tensor
-    right: Tensor
+    correct: Tensor
     weight: Tensor
 
 
@@ -81,9 +81,9 @@ def log_scores(evidence: list[Evidence], scale: Tensor, shift: Tensor) -> Tensor
 
 def fit(evidence: list[Evidence]) -> Map:
     """Fit the map that makes the scores the most likely probabilities of being correct."""
-    if not any(len(each.right) for each in evidence):
+    if not any(len(each.correct) for each in evidence):
         return Map()
-    right = torch.cat([each.right for each in evidence]).float()
+    correct = torch.cat([each.correct for each in evidence]).float()
     weight = torch.cat([each.weight for each in evidence])
     parameters = torch.zeros(2, requires_grad=True)
     optimiser = torch.optim.LBFGS([parameters], max_iter=40, line_search_fn="strong_wolfe")
@@ -91,7 +91,7 @@ def fit(evidence: list[Evidence]) -> Map:
     def loss() -> Tensor:
         optimiser.zero_grad()
         logs = log_scores(evidence, parameters[0].exp(), parameters[1]).clamp(max=-1e-5)
-        likelihood = right * logs + (1 - right) * torch.log(-torch.expm1(logs))
+        likelihood = correct * logs + (1 - correct) * torch.log(-torch.expm1(logs))
         value = -(weight * likelihood).sum() / weight.sum() + 1e-3 * parameters.square().sum()
         value.backward()
         return value
@@ -123,7 +123,7 @@ def collect(extractor: Ours, matcher: LightGlue, pairs: Iterable[Pair]) -> list[
             groups[layer].append(pair.group)
     for of_layer, names in zip(found, groups):
         for name in set(names):
-            total = sum(len(each.right) for each, group in zip(of_layer, names) if group == name)
+            total = sum(len(each.correct) for each, group in zip(of_layer, names) if group == name)
             for each, group in zip(of_layer, names):
                 if group == name:
                     each.weight /= max(total, 1)
@@ -151,7 +151,7 @@ def _evidence(
         similarity[:, index1].T.half(),
         torch.stack([index1, index0], dim=1),
         torch.stack([logits[0][index0], logits[1][index1]], dim=1),
-        errors[usable] <= pair.right,
+        errors[usable] <= pair.max_error,
         torch.ones(len(index0)),
     )
 
@@ -160,10 +160,10 @@ def _evidence(
 def expected_error(evidence: list[Evidence], change: Map) -> float:
     """Return the expected calibration error: the mean difference between score and precision, over bins of scores."""
     scores = log_scores(evidence, torch.tensor(change.scale), torch.tensor(change.shift)).exp()
-    right = torch.cat([each.right for each in evidence]).float()
+    correct = torch.cat([each.correct for each in evidence]).float()
     weight = torch.cat([each.weight for each in evidence])
     number = (scores * BINS).long().clamp(max=BINS - 1)
-    off = torch.zeros(BINS).index_add(0, number, weight * (scores - right))
+    off = torch.zeros(BINS).index_add(0, number, weight * (scores - correct))
     return float(off.abs().sum() / weight.sum().clamp(min=1e-9))
 
 
@@ -171,11 +171,17 @@ def main(words: list[str] | None = None) -> None:
     """Calibrate according to the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="a Hugging Face folder, or a registered name")
-    parser.add_argument("--validation", type=Path, required=True, metavar="SHARDS", help="the training's shards")
-    parser.add_argument("--pairs", type=int, default=40, help="of photographs, and of rooms")
+    parser.add_argument(
+        "--validation",
+        type=Path,
+        required=True,
+        metavar="SHARDS",
+        help="the training's shards; only their validation views are used",
+    )
+    parser.add_argument("--pairs", type=int, default=40, help="number of pairs of photographs, and of rooms")
     parser.add_argument("--keypoints", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
-    add_detection_options(parser, "what the weights say; scores are fitted to points that are found so")
+    add_detection_options(parser, "those stored with the weights; scores are calibrated for these settings")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
@@ -190,8 +196,8 @@ def main(words: list[str] | None = None) -> None:
         change = fit(evidence)
         fold(cast(MatchAssignment, matcher.match_assignment_layers[layer]), change)
         print(
-            f"layer {layer + 1}: {sum(len(each.right) for each in evidence)} matches, "
-            f"similarities x {change.scale:.2f}, matchability {change.shift:+.2f}, expected error "
+            f"layer {layer + 1}: {sum(len(each.correct) for each in evidence)} matches, "
+            f"similarities x {change.scale:.2f}, matchability {change.shift:+.2f}, calibration error "
             f"{expected_error(evidence, Map()):.3f} before, {expected_error(evidence, change):.3f} after",
             flush=True,
         )

@@ -38,7 +38,7 @@ from loop import (
     run,
     settings_of,
     subnormals_are_zeros,
-    watched_means,
+    validation_means,
 )
 from narrow import load_narrow, narrow, save_narrow
 from torch import Tensor
@@ -63,7 +63,7 @@ RADIUS = 2  # pixels, of non-maximum suppression
 # --- SuperPoint ------------------------------------------------------------------------------------------------------
 
 
-class Taught(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """Views and a SuperPoint's outputs for them.
 
     Attributes:
@@ -80,17 +80,17 @@ class Taught(NamedTuple):
 
 
 @torch.no_grad()
-def teach(teacher: SuperPoint, sources: list[Source], settings: Settings, number: int) -> Taught:
+def teacher_outputs(teacher: SuperPoint, sources: list[Source], settings: Settings, number: int) -> TeacherOutputs:
     """Create views without degradation, and the teacher's outputs for them."""
     pairs = source_of(sources, number).pairs(settings.draw(1, number), settings.batch, settings.size)
     images = (torch.cat(pairs.images) * 255).round().to(torch.uint8)
     with settings.autocast():
         out = superpoint_loss.run(teacher, packed(images.float() / 255))
     points = superpoint_loss.own_points(superpoint_loss.probabilities(out.logits), DESCRIBED, RADIUS)
-    return Taught(images, out.logits.log_softmax(dim=1).half(), out.descriptors.half(), points)
+    return TeacherOutputs(images, out.logits.log_softmax(dim=1).half(), out.descriptors.half(), points)
 
 
-def points_losses(outputs: superpoint_loss.Outputs, taught: Taught) -> dict[str, Tensor]:
+def points_losses(outputs: superpoint_loss.Outputs, targets: TeacherOutputs) -> dict[str, Tensor]:
     """Return the loss ``total`` and its parts.
 
     - ``points``: the Kullback-Leibler divergence of the distributions over a cell's 65 classes.
@@ -98,39 +98,41 @@ def points_losses(outputs: superpoint_loss.Outputs, taught: Taught) -> dict[str,
     - ``contrast``: cross entropy over a view's points: the student's descriptor of a point has to identify the
       teacher's.
     """
-    cells = taught.cells.float()
+    cells = targets.cells.float()
     points = F.kl_div(outputs.logits.log_softmax(dim=1), cells, reduction="none", log_target=True).sum(dim=1).mean()
     weights = (1 - cells[:, -1].exp()) + FLOOR
-    cosine = (outputs.descriptors * taught.descriptors).sum(dim=1)
+    cosine = (outputs.descriptors * targets.descriptors).sum(dim=1)
     descriptors = ((1 - cosine) * weights).sum() / weights.sum()
-    ours = sample_descriptors(outputs.descriptors, taught.points)
-    theirs = sample_descriptors(taught.descriptors.float(), taught.points)
+    ours = sample_descriptors(outputs.descriptors, targets.points)
+    theirs = sample_descriptors(targets.descriptors.float(), targets.points)
     similarity = ours @ theirs.transpose(1, 2) / superpoint_loss.TEMPERATURE
     # Points within a few pixels share most of their patch, so they are not used as negatives of each other.
-    neighbours = torch.cdist(taught.points, taught.points) < 6
+    neighbours = torch.cdist(targets.points, targets.points) < 6
     neighbours.diagonal(dim1=1, dim2=2).fill_(False)
     similarity = similarity.masked_fill(neighbours, -1e4)
-    right = similarity.diagonal(dim1=1, dim2=2)
-    contrast = ((similarity.logsumexp(dim=2) + similarity.logsumexp(dim=1)) / 2 - right).mean()
+    positive = similarity.diagonal(dim1=1, dim2=2)
+    contrast = ((similarity.logsumexp(dim=2) + similarity.logsumexp(dim=1)) / 2 - positive).mean()
     parts = {"points": points, "descriptors": descriptors, "contrast": contrast}
     return {**parts, "total": torch.stack([SHARES[name] * part for name, part in parts.items()]).sum()}
 
 
-def points_step(student: Student, taught: Taught, settings: Settings, step: int, progress: float) -> dict[str, Tensor]:
+def points_step(
+    student: Student, targets: TeacherOutputs, settings: Settings, step: int, progress: float
+) -> dict[str, Tensor]:
     """Train a small SuperPoint for one step, on views with new degradations."""
     draw = settings.draw(2, step)
-    images = taught.images.float() / 255
+    images = targets.images.float() / 255
     images = degrade(draw, images, torch.rand(len(images), generator=draw, device=settings.device))
     with settings.autocast():
         outputs = superpoint_loss.run(student.model, packed(images))
-    parts = points_losses(outputs, taught)
+    parts = points_losses(outputs, targets)
     student.step(parts["total"], rate(progress), step)
     return {key: value.detach() for key, value in parts.items()}
 
 
 @torch.no_grad()
-def watch_points(
-    teacher: SuperPoint, student: Student, watched: list[Source], settings: Settings, views: int
+def validate_points(
+    teacher: SuperPoint, student: Student, validation: list[Source], settings: Settings, views: int
 ) -> dict[str, float]:
     """Return losses and repeatability of the averaged student, on lightly degraded views that are not trained on."""
 
@@ -141,18 +143,18 @@ def watch_points(
             clean = superpoint_loss.run(teacher, packed(pairs.images[0]))
         maps = [superpoint_loss.probabilities(out.logits) for out in outputs]
         points = superpoint_loss.own_points(superpoint_loss.probabilities(clean.logits), DESCRIBED, RADIUS)
-        taught = Taught(pairs.images[0], clean.logits.log_softmax(dim=1), clean.descriptors, points)
+        targets = TeacherOutputs(pairs.images[0], clean.logits.log_softmax(dim=1), clean.descriptors, points)
         again = superpoint_loss.found_again((maps[0], maps[1]), pairs.geometry, 256)
-        return {f"{name} {key}": float(value) for key, value in (points_losses(outputs[0], taught) | again).items()}
+        return {f"{name} {key}": float(value) for key, value in (points_losses(outputs[0], targets) | again).items()}
 
-    return watched_means(watched, settings, views, found)
+    return validation_means(validation, settings, views, found)
 
 
 # --- LightGlue -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def teach_matching(
+def matching_batch(
     teacher: LightGlue,
     extractor: SuperPoint,
     sources: list[Source],
@@ -192,7 +194,9 @@ def matching_step(
 
 
 @torch.no_grad()
-def watch_matching(student: Student, batches: dict[str, lightglue_loss.Batch], settings: Settings) -> dict[str, float]:
+def validate_matching(
+    student: Student, batches: dict[str, lightglue_loss.Batch], settings: Settings
+) -> dict[str, float]:
     """Return losses, recall and precision of the averaged student, on views that are not trained on."""
     figures = {}
     for name, batch in batches.items():
@@ -220,18 +224,20 @@ def distil(arguments: argparse.Namespace) -> None:
     """Train according to the arguments; write checkpoints and a log to ``--out``."""
     settings = settings_of(arguments)
     device = settings.device
-    trained, watched = load(arguments.shards, device)
+    trained, validation = load(arguments.shards, device)
     torch.manual_seed(arguments.seed)  # for the initial weights
     if arguments.kind == "points":
         teacher = packed_model(SuperPoint.from_pretrained(resolve(arguments.teacher)).float(), device)
         student = Student("fast", build("points", "fast", arguments.start, device)[0], RATES["points"])
-        taught = Batches(lambda number: teach(teacher, trained, settings, number), arguments.batches, settings)
+        targets = Batches(
+            lambda number: teacher_outputs(teacher, trained, settings, number), arguments.batches, settings
+        )
         run(
             arguments,
             settings,
             [student],
-            lambda step, progress: points_step(student, taught.of(step), settings, step, progress),
-            lambda: watch_points(teacher, student, watched, settings, arguments.watch_views),
+            lambda step, progress: points_step(student, targets.of(step), settings, step, progress),
+            lambda: validate_points(teacher, student, validation, settings, arguments.watch_views),
         )
         return
     matcher = LightGlue.from_pretrained(resolve(arguments.teacher)).float().to(device)
@@ -239,18 +245,18 @@ def distil(arguments: argparse.Namespace) -> None:
     extractor = load_extractors(arguments, device)["fast"]
 
     def make(sources: list[Source], number: int, narrow: Callable[[Tensor], Tensor] | None) -> lightglue_loss.Batch:
-        return teach_matching(matcher, extractor, sources, settings, arguments.keypoints, number, narrow)
+        return matching_batch(matcher, extractor, sources, settings, arguments.keypoints, number, narrow)
 
     model, narrow, full_rate = small_matcher(arguments, matcher, lambda number: make(trained, number, None), device)
     student = Student("fast", model, full_rate)
     kept = Batches(lambda number: make(trained, number, narrow), arguments.batches, settings)
-    seen = {type(source).__name__: make([source], -1 - i, narrow) for i, source in enumerate(watched)}
+    validation_batches = {type(source).__name__: make([source], -1 - i, narrow) for i, source in enumerate(validation)}
     run(
         arguments,
         settings,
         [student],
         lambda step, progress: matching_step(student, kept.of(step), settings, step, progress),
-        lambda: watch_matching(student, seen, settings),
+        lambda: validate_matching(student, validation_batches, settings),
     )
 
 
@@ -279,7 +285,7 @@ def small_matcher(
     elif arguments.width:
         file = arguments.out / "narrow.pt"
         if not file.exists():
-            log_line(f"{arguments.width} channels are made of {teacher.config['descriptor_dim']}")
+            log_line(f"narrowing the teacher from {teacher.config['descriptor_dim']} to {arguments.width} channels")
             made = narrow(teacher, (batch(number) for number in range(NARROWED)), arguments.width)
             arguments.out.mkdir(parents=True, exist_ok=True)
             save_narrow(file, made, teacher)
@@ -295,13 +301,26 @@ def small_matcher(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("points", "matching"))
-    parser.add_argument("--teacher", default="superpoint-open", help="a folder or a registered name of both networks")
-    parser.add_argument("--start", help="KIND.weights.pt to begin with; its network `fast`")
-    parser.add_argument("--points", type=Path, help="points.weights.pt to train the matcher for (default: RUN's)")
-    parser.add_argument("--layers", type=int, default=3, help="of the teacher, that the matcher begins with")
-    parser.add_argument("--width", type=int, default=0, help="channels of a matcher with all of the teacher's layers")
-    parser.add_argument("--keypoints", type=int, default=512, help="of an image, that matchers learn with")
-    parser.add_argument("--batches", type=int, default=250, help="different ones; they are kept in memory")
+    parser.add_argument(
+        "--teacher",
+        default="superpoint-open",
+        help="folder or registered name of the teacher's SuperPoint and LightGlue",
+    )
+    parser.add_argument("--start", help="KIND.weights.pt whose network `fast` the training starts from")
+    parser.add_argument(
+        "--points", type=Path, help="points.weights.pt whose features the matcher learns from (default: that in --out)"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=3, help="number of the teacher's layers that the matcher starts with"
+    )
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=0,
+        help="number of channels of a narrow matcher with all of the teacher's layers; 0: use --layers",
+    )
+    parser.add_argument("--keypoints", type=int, default=512, help="keypoints per image in training")
+    parser.add_argument("--batches", type=int, default=250, help="number of different batches, kept in memory")
     add_options(parser, batch=4, size=(320, 240))
     distil(parser.parse_args(argv))
 

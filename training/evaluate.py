@@ -154,7 +154,7 @@ class Cache:
             found.points0,
             found.scores,
             pair.truth.errors(found.points0, found.points1),
-            pair.right,
+            pair.max_error,
             found.keypoints,
             None if pair.motion is None or poses is None else poses["poses"],
             pair.place or pair.name,
@@ -170,18 +170,18 @@ def evaluate(matchers: list[Matcher], pairs: Iterator[Pair], cache: Cache, known
     Args:
         known: use only pairs whose results are all cached.
     """
-    seen: dict[str, list[Pair]] = {}
+    used: dict[str, list[Pair]] = {}
     for number, pair in enumerate(pairs):
         if known and not all(cache.holds(matcher, pair) for matcher in matchers):
             continue
         for matcher in matchers:
             cache.fill(matcher, pair)
-        seen.setdefault(pair.group, []).append(pair)
+        used.setdefault(pair.group, []).append(pair)
         if number % 10 == 0:
             log_line(f"{pair.group}: {pair.name}")
     return {
         group: describe({m.name: [cache.result(m, pair) for pair in of_group] for m in matchers}, REFERENCE)
-        for group, of_group in seen.items()
+        for group, of_group in used.items()
     }
 
 
@@ -213,10 +213,10 @@ def make_matchers(arguments: argparse.Namespace, device: torch.device) -> list[M
             settings = (arguments.keypoints, radius, subpixel, threshold, arguments.filter_threshold)
             matchers.append(Ours(weights, *settings))
     if not matchers:
-        raise ValueError("there is nothing to compare: name --weights or --peers")
+        raise ValueError("nothing to compare: set --weights or --peers")
     for name, count in Counter(matcher.name for matcher in matchers).items():
         if count > 1:
-            raise ValueError(f"{count} matchers are called {name}: name them apart, --weights NAME=FOLDER")
+            raise ValueError(f"{count} matchers are called {name}: give them different names, --weights NAME=FOLDER")
     if arguments.refined:
         matchers += [Refined(matcher) for matcher in matchers]
     return matchers
@@ -228,25 +228,34 @@ def main(words: list[str] | None = None) -> None:
     add_data_option(parser)  # the groups are in its folder eval/, see evaluation_pairs.py
     parser.add_argument("--teachers", type=Path, help="folder of the peers' files (default: teachers/ in --data)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="only these groups")
-    parser.add_argument("--validation", type=Path, metavar="SHARDS", help="views of the training's own shards instead")
-    parser.add_argument("--validation-pairs", type=int, default=60, help="of photographs, and of rooms")
-    parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FOLDER", help="ours")
-    parser.add_argument("--nms-radius", nargs="+", type=int, help="pixels (default: what the weights publish)")
+    parser.add_argument(
+        "--validation",
+        type=Path,
+        metavar="SHARDS",
+        help="compare on the validation views of the training's shards instead",
+    )
+    parser.add_argument("--validation-pairs", type=int, default=60, help="number of pairs of photographs, and of rooms")
+    parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FOLDER", help="our networks to compare")
+    parser.add_argument("--nms-radius", nargs="+", type=int, help="pixels (default: as published with the weights)")
     parser.add_argument("--subpixel", choices=("on", "off", "both"), default="on")
     parser.add_argument("--keypoint-threshold", nargs="+", type=float, default=[0.0])
     parser.add_argument(
-        "--filter-threshold", type=float, default=0.1, help="of every LightGlue: lowest score of a match"
+        "--filter-threshold", type=float, default=0.1, help="lowest score of a match, for every LightGlue"
     )
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all whose files are there")
-    parser.add_argument("--refined", action="store_true", help="each matcher's matches refined by the images, too")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, help="other networks to compare (default: all whose files exist)"
+    )
+    parser.add_argument("--refined", action="store_true", help="also evaluate each matcher with refined matches")
     parser.add_argument("--keypoints", type=int, default=1024)
     parser.add_argument("--cache", type=Path, default=Path("evaluation_cache"))
-    parser.add_argument("--known", action="store_true", help="only pairs of which the cache holds everything")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="without suffix: .json and .md")
+    parser.add_argument("--known", action="store_true", help="use only pairs whose results are all cached")
+    parser.add_argument(
+        "--out", type=Path, default=Path("evaluation"), help="path without suffix; .json and .md are added"
+    )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of our networks")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of the networks on a processor")
-    parser.add_argument("--processes", type=int, default=1, help="for the poses")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the networks")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes that estimate poses")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(1)

@@ -30,7 +30,7 @@ class Result:
         points0: (M, 2) points of image 0, pixels.
         scores: (M,) in [0, 1] or NaN.
         errors: (M,) pixels, NaN where the ground truth is unknown.
-        right: largest error of a correct match, pixels.
+        max_error: largest error of a correct match, pixels.
         keypoints: number of keypoints in each image.
         poses: (orders,) errors of poses, degrees; None if the pair has no pose.
         place: what the pair shows. Results of pairs of one place are correlated.
@@ -39,7 +39,7 @@ class Result:
     points0: Array
     scores: Array
     errors: Array
-    right: float
+    max_error: float
     keypoints: tuple[int, int]
     poses: Array | None
     place: str
@@ -47,14 +47,14 @@ class Result:
     def numbers(self) -> dict[str, float]:
         """Return the numbers to sum over pairs; ``judged`` counts the matches whose ground truth is known."""
         judged = ~np.isnan(self.errors)
-        right = judged & (self.errors <= self.right)
+        correct = judged & (self.errors <= self.max_error)
         numbers = {
             "keypoints": sum(self.keypoints) / 2,
             "matches": len(self.errors),
             "judged": judged.sum(),
-            "right": right.sum(),
-            "precision": right.sum() / max(judged.sum(), 1),
-            "cells": len(np.unique((self.points0[right] // CELL).astype(int), axis=0)),
+            "right": correct.sum(),
+            "precision": correct.sum() / max(judged.sum(), 1),
+            "cells": len(np.unique((self.points0[correct] // CELL).astype(int), axis=0)),
         }
         numbers |= {f"within {limit} px": (judged & (self.errors <= limit)).sum() for limit in LIMITS}
         for angle in ANGLES if self.poses is not None else ():
@@ -131,17 +131,17 @@ def calibration(results: Sequence[Result]) -> dict[str, Any] | None:
     ``expected error`` is the mean over matches of the difference between the last two. None without scores.
     """
     scores = np.concatenate([result.scores for result in results])
-    right = np.concatenate([result.errors <= result.right for result in results])
+    correct = np.concatenate([result.errors <= result.max_error for result in results])
     judged = ~np.isnan(np.concatenate([result.errors for result in results])) & ~np.isnan(scores)
     if not judged.any():
         return None
-    scores, right = scores[judged], right[judged]
+    scores, correct = scores[judged], correct[judged]
     number = np.minimum((scores * BINS).astype(int), BINS - 1)
     bins, error = [], 0.0
     for each in range(BINS):
         here = number == each
         if here.any():
-            score, share = scores[here].mean(), right[here].mean()
+            score, share = scores[here].mean(), correct[here].mean()
             bins.append({"matches": int(here.sum()), "score": float(score), "right": float(share)})
             error += here.mean() * abs(score - share)
     return {"expected error": float(error), "bins": bins}
@@ -156,9 +156,9 @@ def markdown(groups: dict[str, Any], reference: str) -> str:
     for group, described in groups.items():
         matchers = described["matchers"]
         posed = any(f"AUC at {ANGLES[0]}" in row["figures"] for row in matchers.values())
-        header = ["matcher", "matches", "right", "precision", "≤ 1 / 2 / 3 px (%)", "cells"]
-        header += [f"AUC at {'/'.join(map(str, ANGLES))}°", f"at 10°, to {reference}"] if posed else []
-        header += [f"≤ 1 px, to {reference}", "calibration error"]
+        header = ["matcher", "matches", "correct", "precision", "≤ 1 / 2 / 3 px (%)", "cells"]
+        header += [f"AUC at {'/'.join(map(str, ANGLES))}°", f"AUC at 10°, difference to {reference}"] if posed else []
+        header += [f"≤ 1 px, difference to {reference}", "calibration error"]
         pairs, places = described["pairs"], described["places"]
         title = f"### {group}, {pairs} pairs" + (f" of {places} places" if places < pairs else "")
         lines = [title, "", _row(header), _row(["---"] * len(header))]

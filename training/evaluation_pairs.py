@@ -30,8 +30,8 @@ from kpmatch_ros.geometry.camera import Camera
 
 __all__ = ["GROUPS", "VALIDATION", "Pair", "groups", "validation_pairs"]
 
-RIGHT = 3.0  # pixels
-LOOSE = 6.5  # pixels: for ScanNet, whose poses are inexact; equals a squared symmetric epipolar distance of 5e-4
+MAX_ERROR = 3.0  # pixels: largest error of a correct match
+MAX_ERROR_SCANNET = 6.5  # pixels, because its poses are inexact; equals a squared symmetric epipolar distance of 5e-4
 SIZE = (640, 480)
 SEED = 17
 CLUSTERS = 24  # number of places used, the first ones of the held-out rooms; nothing has been chosen by the others yet
@@ -52,7 +52,7 @@ class Pair:
         images: uint8, grey (H, W) or RGB (H, W, 3).
         truth: gives the errors of matches.
         motion: relative pose of the cameras; None if a pose is not defined.
-        right: largest error of a correct match, pixels.
+        max_error: largest error of a correct match, pixels.
         place: identifier of the scene, shared by pairs that show the same things; empty if no other pair does.
     """
 
@@ -61,7 +61,7 @@ class Pair:
     images: tuple[np.ndarray, np.ndarray]
     truth: Truth
     motion: Motion | None = None
-    right: float = RIGHT
+    max_error: float = MAX_ERROR
     place: str = ""
 
     @cached_property
@@ -247,7 +247,7 @@ def scannet_pairs(data: Path) -> Iterator[Pair]:
         cameras = [Camera(*SIZE, scale @ numbers[start : start + 9].reshape(3, 3)) for start in (0, 9)]
         motion = numbers[18:].reshape(4, 4)
         truth = Motion(motion[:3, :3], motion[:3, 3], (cameras[0], cameras[1]))
-        yield Pair("ScanNet", " ".join(names), (images[0], images[1]), truth, truth, LOOSE)
+        yield Pair("ScanNet", " ".join(names), (images[0], images[1]), truth, truth, MAX_ERROR_SCANNET)
 
 
 def _read(path: Path) -> np.ndarray:
@@ -258,7 +258,7 @@ def _read(path: Path) -> np.ndarray:
     """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
-        raise OSError(f"{path} is missing or no image")
+        raise OSError(f"{path} is missing or is not an image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -284,7 +284,7 @@ def groups(data: Path, names: list[str] | None) -> Iterator[Pair]:
     chosen = [name for name in names or GROUPS if name not in missing]
     if missing and (names or not chosen):
         files = dict.fromkeys(map(str, missing.values()))
-        raise FileNotFoundError(f"nothing to evaluate on, not there: {', '.join(files)}")
+        raise FileNotFoundError(f"no data to evaluate on; missing: {', '.join(files)}")
     return itertools.chain.from_iterable(GROUPS[name][1](data) for name in chosen)
 
 

@@ -53,7 +53,7 @@ class Motion:
 
     def errors(self, points0: Array, points1: Array) -> Array:
         """Sampson distance (M,): how far a match's four coordinates must move to fulfil the epipolar constraint."""
-        points0, points1 = self.seen(points0, points1)
+        points0, points1 = self.in_camera_pixels(points0, points1)
         rays0, rays1 = (
             np.c_[camera.normalise(points), np.ones(len(points))]
             for camera, points in zip(self.cameras, (points0, points1))
@@ -64,13 +64,13 @@ class Motion:
         slopes = scales[0] * (lines0[:, :2] ** 2).sum(axis=1) + scales[1] * (lines1[:, :2] ** 2).sum(axis=1)
         return np.abs((rays1 * lines1).sum(axis=1)) / np.sqrt(np.maximum(slopes, 1e-30))
 
-    def seen(self, points0: Array, points1: Array) -> tuple[Array, Array]:
+    def in_camera_pixels(self, points0: Array, points1: Array) -> tuple[Array, Array]:
         """Convert matches to pixels of the cameras' images."""
         if self.cuts is None:
             return points0, points1
         return project(self.cuts[0], points0), project(self.cuts[1], points1)
 
-    def seen_sigmas(self, points1: Array, sigmas: Array) -> Array:
+    def sigmas_in_camera_pixels(self, points1: Array, sigmas: Array) -> Array:
         """Convert standard deviations (M,) of points (M, 2) of image 1 to pixels of its camera's image."""
         if self.cuts is None:
             return sigmas
@@ -105,8 +105,8 @@ def pose_errors(
         sigmas: (M,) standard deviations of ``points1``, pixels; None if they are equal.
     """
     if sigmas is not None:
-        sigmas = motion.seen_sigmas(points1, sigmas)
-    points0, points1 = motion.seen(points0, points1)
+        sigmas = motion.sigmas_in_camera_pixels(points1, sigmas)
+    points0, points1 = motion.in_camera_pixels(points0, points1)
     decisive = None
     if refined is not None:
         decisive = decisive_matches(points0, points1, refined, min_inliers=FEWEST_INLIERS)

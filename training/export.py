@@ -22,7 +22,7 @@ from kpmatch_ros.weights import file_hash
 DETECTION: dict[str, dict[str, Any]] = {
     "full": {"keypoint_threshold": 0.04, "max_keypoints": 1024, "nms_radius": 3, "subpixel": True},
     "fast": {"keypoint_threshold": 0.012, "max_keypoints": 1024, "nms_radius": 2, "subpixel": True},
-}  # configuration of trained networks; README.md gives the measurements
+}  # detection settings for trained weights; the reasons are in runs.md, "How settings were chosen"
 
 
 def read_trained(make: type[Any], path: Path, network: str) -> Any:
@@ -36,7 +36,7 @@ def read_trained(make: type[Any], path: Path, network: str) -> Any:
     """
     trained = torch.load(path, map_location="cpu", weights_only=True)
     if network not in trained:
-        raise KeyError(f"{path} holds {', '.join(trained)}, no network called {network}")
+        raise KeyError(f"{path} holds {', '.join(trained)}, but no network called {network}")
     model = make(**trained[network]["config"])
     model.load_state_dict(trained[network]["tensors"])
     return model
@@ -50,8 +50,8 @@ def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
     """
     if superpoint.descriptor_size != lightglue.input_dim:
         raise ValueError(
-            f"the SuperPoint's descriptors have {superpoint.descriptor_size} numbers, and the LightGlue "
-            f"takes {lightglue.input_dim}"
+            f"the SuperPoint's descriptors have size {superpoint.descriptor_size}, but the LightGlue takes size "
+            f"{lightglue.input_dim}"
         )
     tensors = {f"keypoint_detector.{name}": tensor for name, tensor in superpoint.state_dict().items()}
     tensors |= lightglue.state_dict()
@@ -73,7 +73,7 @@ def write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path
     tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in tensors.items()}
     infinite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if infinite:
-        raise ValueError(f"{', '.join(infinite)} cannot be written in float16")
+        raise ValueError(f"{', '.join(infinite)}: values too large for float16")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config)
@@ -104,11 +104,11 @@ def configuration(superpoint: dict[str, Any], lightglue: dict[str, Any]) -> dict
 
 def add_detection_options(parser: argparse.ArgumentParser, otherwise: str) -> None:
     """Add options for the detector's configuration; ``otherwise`` describes the values without them."""
-    group = parser.add_argument_group("detector", f"what the configuration says; otherwise {otherwise}")
-    group.add_argument("--nms-radius", type=int, help="pixels")
-    group.add_argument("--keypoint-threshold", type=float)
+    group = parser.add_argument_group("detector", f"detection settings (default: {otherwise})")
+    group.add_argument("--nms-radius", type=int, help="radius of non-maximum suppression, pixels")
+    group.add_argument("--keypoint-threshold", type=float, help="lowest score of a keypoint")
     group.add_argument(
-        "--subpixel", action=argparse.BooleanOptionalAction, help="read positions out to a fraction of a pixel"
+        "--subpixel", action=argparse.BooleanOptionalAction, help="refine positions to a fraction of a pixel"
     )
 
 
@@ -123,8 +123,8 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=Path, required=True, help="points.weights.pt of train.py")
     parser.add_argument("--matching", type=Path, help="matching.weights.pt of train.py")
-    parser.add_argument("--network", choices=("full", "fast"), default="full", help="which of those that they hold")
-    add_detection_options(parser, "what was measured to be good for the network")
+    parser.add_argument("--network", choices=("full", "fast"), default="full", help="network to export")
+    add_detection_options(parser, "those chosen for this network by validation")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(words)
     superpoint = read_trained(SuperPoint, arguments.points, arguments.network)

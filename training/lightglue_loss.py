@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     Attributes:
         points, descriptors: for both images, (B, N, 2) and (B, N, D).
         partners: (B, N) int64, index of the point's match in image 1, -1 if it has none or it is unknown.
-        alone: for both images, (B, N) bool, points that certainly have no match.
+        unmatched: for both images, (B, N) bool, points that certainly have no match.
         size: width and height of the images.
         opinion: outputs of another LightGlue to learn in addition to the truth.
     """
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     points: tuple[Tensor, Tensor]
     descriptors: tuple[Tensor, Tensor]
     partners: Tensor
-    alone: tuple[Tensor, Tensor]
+    unmatched: tuple[Tensor, Tensor]
     size: tuple[int, int]
     opinion: Opinion | None = None
 
@@ -116,18 +116,18 @@ def within_reach(judge: Opinion, batch: Batch, least: float) -> Batch:
     the wall remain.
     """
     chosen = judge.matches.gather(2, batch.partners.clamp(min=0)[..., None])[..., 0]
-    lost0 = (batch.partners >= 0) & (chosen < least)
-    count1 = batch.alone[1].shape[1]
-    lost1 = torch.zeros(len(lost0), count1 + 1, dtype=torch.bool, device=lost0.device)
-    lost1 = lost1.scatter(1, torch.where(lost0, batch.partners, count1), True)[:, :count1]
-    alone = (batch.alone[0] | lost0, batch.alone[1] | lost1)
-    return batch._replace(partners=torch.where(lost0, -1, batch.partners), alone=alone)
+    unlikely0 = (batch.partners >= 0) & (chosen < least)
+    count1 = batch.unmatched[1].shape[1]
+    unlikely1 = torch.zeros(len(unlikely0), count1 + 1, dtype=torch.bool, device=unlikely0.device)
+    unlikely1 = unlikely1.scatter(1, torch.where(unlikely0, batch.partners, count1), True)[:, :count1]
+    unmatched = (batch.unmatched[0] | unlikely0, batch.unmatched[1] | unlikely1)
+    return batch._replace(partners=torch.where(unlikely0, -1, batch.partners), unmatched=unmatched)
 
 
-def losses(model: LightGlue, batch: Batch, asked: Collection[int] | None = None) -> dict[str, Tensor]:
+def losses(model: LightGlue, batch: Batch, trained_layers: Collection[int] | None = None) -> dict[str, Tensor]:
     """Return the loss ``total``, its parts ``assignment``, ``agreement``, ``distance`` and ``confidence``, and figures.
 
-    The assignments are those of the layers ``asked`` (from 0) and of the last one, or of all layers if it is None.
+    The assignments are those of the ``trained_layers`` (from 0) and of the last layer, or of all layers if it is None.
     ``last`` is the last layer's assignment. ``agreement`` is the cross entropy with the opinion, if there is one.
     ``distance`` is the squared distance between the states and the opinion's target states, relative to the square of
     the latter.
@@ -139,7 +139,7 @@ def losses(model: LightGlue, batch: Batch, asked: Collection[int] | None = None)
     for i, layer in enumerate(model.transformer_layers):
         states = layer(*now)
         now = [replace(p, x=x.float()) for x, p in zip(states, now)]
-        if asked is not None and i not in asked and i < len(confidences):
+        if trained_layers is not None and i not in trained_layers and i < len(confidences):
             continue
         with torch.autocast(now[0].x.device.type, enabled=False):
             scores = heads[i](*now)
@@ -162,8 +162,8 @@ def losses(model: LightGlue, batch: Batch, asked: Collection[int] | None = None)
     confidence = torch.stack(wrong).mean() if wrong else torch.zeros_like(assignment)
     agreement = torch.stack(agreements).mean() if agreements else torch.zeros_like(assignment)
     distance = torch.stack(distances).mean() if distances else torch.zeros_like(assignment)
-    right = (found[-1][0] == batch.partners) & (batch.partners >= 0)
-    judged = (found[-1][0] >= 0) & ((batch.partners >= 0) | batch.alone[0])
+    correct = (found[-1][0] == batch.partners) & (batch.partners >= 0)
+    judged = (found[-1][0] >= 0) & ((batch.partners >= 0) | batch.unmatched[0])
     return {
         "total": assignment + agreement + confidence + STATES * distance,
         "assignment": assignment,
@@ -171,8 +171,8 @@ def losses(model: LightGlue, batch: Batch, asked: Collection[int] | None = None)
         "distance": distance,
         "confidence": confidence,
         "last": assignments[-1],
-        "recall": right.sum() / (batch.partners >= 0).sum().clamp(min=1),
-        "precision": (right & judged).sum() / judged.sum().clamp(min=1),
+        "recall": correct.sum() / (batch.partners >= 0).sum().clamp(min=1),
+        "precision": (correct & judged).sum() / judged.sum().clamp(min=1),
     }
 
 
@@ -180,9 +180,9 @@ def _assignment_loss(head: MatchAssignment, points: tuple[Points, Points], score
     matched = batch.partners >= 0
     chosen = scores.gather(2, batch.partners.clamp(min=0)[..., None])[..., 0]
     loss = -torch.where(matched, chosen, 0.0).sum(dim=1) / matched.sum(dim=1).clamp(min=1)
-    for side, alone in zip(points, batch.alone):
+    for side, unmatched in zip(points, batch.unmatched):
         unmatchable = F.softplus(head.matchability(side.x)[..., 0])  # -log(1 - matchability)
-        loss = loss + 0.5 * (unmatchable * alone).sum(dim=1) / alone.sum(dim=1).clamp(min=1)
+        loss = loss + 0.5 * (unmatchable * unmatched).sum(dim=1) / unmatched.sum(dim=1).clamp(min=1)
     return loss.mean()
 
 

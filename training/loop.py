@@ -29,14 +29,14 @@ __all__ = [
     "run",
     "settings_of",
     "subnormals_are_zeros",
-    "watched_means",
-    "watched_parts",
+    "validation_means",
+    "validation_parts",
 ]
 
 T = TypeVar("T")
 PATIENCE = 100  # number of successive steps without a finite loss
 PART = 15_000_000  # bytes: larger files are also written in parts
-WATCHED_AT_ONCE = 4  # pairs of views
+VALIDATION_BATCH = 4  # pairs of views computed at once
 AHEAD = 2  # on a processor, number of batches that are prepared in advance
 
 
@@ -50,8 +50,8 @@ class Student:
     Attributes:
         name: its name in files.
         rate: the full learning rate.
-        lost: number of successive steps up to now whose loss was not finite.
-        followed: number of steps of this call whose loss was finite.
+        failed: number of successive steps up to now whose loss was not finite.
+        taken: number of steps of this call whose loss was finite.
     """
 
     name: str
@@ -59,8 +59,8 @@ class Student:
     rate: float
     average: Any = field(init=False)
     optimiser: torch.optim.Optimizer = field(init=False)
-    lost: int = field(default=0, init=False)
-    followed: int = field(default=0, init=False)
+    failed: int = field(default=0, init=False)
+    taken: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -84,11 +84,11 @@ class Student:
         for group in self.optimiser.param_groups:
             group["lr"] = rate * self.rate
         if not torch.isfinite(norm):
-            self.lost += 1
-            if self.lost == PATIENCE:
-                raise FloatingPointError(f"the loss of {self.name} was not finite in {self.lost} steps in a row")
+            self.failed += 1
+            if self.failed == PATIENCE:
+                raise FloatingPointError(f"the loss of {self.name} was not finite in {self.failed} steps in a row")
             return
-        self.lost, self.followed = 0, self.followed + 1
+        self.failed, self.taken = 0, self.taken + 1
         self.optimiser.step()
         decay = min(0.999, (1 + number) / (10 + number))
         with torch.no_grad():
@@ -137,24 +137,26 @@ def add_options(parser: argparse.ArgumentParser, batch: int, size: tuple[int, in
     parser.add_argument("--shards", type=Path, required=True, help="folder of photos_*.npz and rooms_*.npz")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="until the learning rate is down to zero")
-    length.add_argument("--steps", type=int, help="the same in steps")
-    parser.add_argument("--stop-after", type=int, help="steps of this call, to come back later")
-    parser.add_argument("--batch", type=int, default=batch, help="pairs of views a step")
-    parser.add_argument("--size", type=int, nargs=2, default=size, help="width and height of a view")
+    length.add_argument(
+        "--minutes", type=float, help="length of the schedule in minutes, at whose end the learning rate is zero"
+    )
+    length.add_argument("--steps", type=int, help="length of the schedule in steps")
+    parser.add_argument("--stop-after", type=int, help="stop after this many steps; a later call resumes")
+    parser.add_argument("--batch", type=int, default=batch, help="pairs of views per step (default: %(default)s)")
+    parser.add_argument("--size", type=int, nargs=2, default=size, help="width and height of a view, pixels")
     parser.add_argument(
-        "--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the convolutions and products"
+        "--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of convolutions and matrix products"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=50, help="steps")
-    parser.add_argument("--watch-every", type=float, default=60, help="seconds")
-    parser.add_argument("--watch-views", type=int, default=24, help="pairs of each source that are watched")
-    parser.add_argument("--save-every", type=float, default=120, help="seconds")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between two lines of the log")
+    parser.add_argument("--watch-every", type=float, default=60, help="seconds between two validations")
+    parser.add_argument("--watch-views", type=int, default=24, help="number of validation pairs of each source")
+    parser.add_argument("--save-every", type=float, default=120, help="seconds between two checkpoints")
 
 
-def watched_parts(
-    watched: list[Source], settings: Settings, count: int
+def validation_parts(
+    validation: list[Source], settings: Settings, count: int
 ) -> Iterator[tuple[str, ViewPairs, torch.Generator]]:
     """Yield ``count`` validation pairs of each source in small groups, with the source's name and random numbers.
 
@@ -162,21 +164,21 @@ def watched_parts(
     of four pairs changes a figure by more than a training does.
     """
     alike = replace(settings, seed=0)
-    for number, source in enumerate(watched):
-        for start in range(0, count, WATCHED_AT_ONCE):
+    for number, source in enumerate(validation):
+        for start in range(0, count, VALIDATION_BATCH):
             draw = alike.draw(3, number, start)
-            yield type(source).__name__, source.pairs(draw, min(WATCHED_AT_ONCE, count - start), settings.size), draw
+            yield type(source).__name__, source.pairs(draw, min(VALIDATION_BATCH, count - start), settings.size), draw
 
 
-def watched_means(
-    watched: list[Source],
+def validation_means(
+    validation: list[Source],
     settings: Settings,
     count: int,
     judge: Callable[[str, ViewPairs, torch.Generator], Mapping[str, float]],
 ) -> dict[str, float]:
-    """Return the mean of the figures of ``judge`` over all pairs of :func:`watched_parts`."""
+    """Return the mean of the figures of ``judge`` over all pairs of :func:`validation_parts`."""
     figures: dict[str, list[float]] = {}
-    for name, pairs, draw in watched_parts(watched, settings, count):
+    for name, pairs, draw in validation_parts(validation, settings, count):
         for key, value in judge(name, pairs, draw).items():
             figures.setdefault(key, []).extend([float(value)] * len(pairs.images[0]))
     return {key: sum(values) / len(values) for key, values in figures.items()}
@@ -228,19 +230,19 @@ class Batches(Generic[T]):
         self.make, self.count, self.seed = make, count, settings.seed
         self.ahead = AHEAD if settings.device.type == "cpu" else 0
         self.worker = ThreadPoolExecutor(1)
-        self.begun: dict[int, Future[T]] = {}
+        self.futures: dict[int, Future[T]] = {}
 
     def of(self, step: int) -> T:
         """The batch for a step."""
         for each in range(step, step + 1 + self.ahead):
             number = self._number(each)
-            if number not in self.begun:
-                self.begun[number] = self.worker.submit(self.make, number)
+            if number not in self.futures:
+                self.futures[number] = self.worker.submit(self.make, number)
         number = self._number(step)
-        future = self.begun.pop(number)
+        future = self.futures.pop(number)
         batch = future.result()  # if it raises, for example for lack of memory, the batch is not kept
         if self.count:
-            self.begun[number] = future
+            self.futures[number] = future
         return batch
 
     def _number(self, step: int) -> int:
@@ -279,13 +281,13 @@ def run(
     settings: Settings,
     students: list[Student],
     learn: Callable[[int, float], Mapping[str, Any]],
-    watch: Callable[[], Mapping[str, float]],
+    validate: Callable[[], Mapping[str, float]],
 ) -> None:
     """Train, from the checkpoint in ``--out`` if there is one; write checkpoints, a log and the averaged weights there.
 
     Args:
         learn: trains the students for one step, given its number and the progress; returns the figures to log.
-        watch: returns validation figures of the averaged networks.
+        validate: returns validation figures of the averaged networks.
 
     Raises:
         ValueError: the checkpoint's networks are not exactly these: others would be lost, and missing ones would start
@@ -302,23 +304,24 @@ def run(
         held = state.keys() - {"step", "elapsed"}
         if held != {student.name for student in students}:
             raise ValueError(
-                f"{checkpoint} holds {', '.join(sorted(held))}: go on with just that, or in another folder"
+                f"{checkpoint} holds {', '.join(sorted(held))}: continue with exactly these networks, or use another "
+                "folder"
             )
         for student in students:
             student.restore(state[student.name])
         first, elapsed = state["step"], state["elapsed"]
-        log_line(f"going on after step {first}")
+        log_line(f"resuming after step {first}")
     log = arguments.out / f"{arguments.kind}.jsonl"
 
     def write(text: str, line: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
         plain = {key: round(float(value), 4) for key, value in figures.items()}
         with log.open("a") as stream:
-            stream.write(json.dumps({**line, **({"watched": plain} if text == "watched" else plain)}) + "\n")
+            stream.write(json.dumps({**line, **({"validation": plain} if text == "validation" else plain)}) + "\n")
         log_line(f"step {line['step']} {text} " + " ".join(f"{key} {value:.3f}" for key, value in plain.items()))
 
     started = time.monotonic() - elapsed
-    watched_at = saved_at = time.monotonic()
-    write("watched", {"step": first}, watch())
+    validated_at = saved_at = time.monotonic()
+    write("validation", {"step": first}, validate())
     step = first
     for progress in progresses(arguments, first, elapsed):
         step += 1
@@ -330,22 +333,22 @@ def run(
                 raise
             settings.batch = settings.batch * 3 // 4
             torch.cuda.empty_cache()
-            log_line(f"out of memory: {settings.batch} pairs a step from now on")
+            log_line(f"out of memory: continuing with {settings.batch} pairs per step")
             continue
         now = time.monotonic()
         if step % arguments.log_every == 0 or step == first + 1:
             line = {"step": step, "seconds": round(now - started, 1), "progress": round(progress, 4)}
             write(f"{progress:.0%} {now - started:.0f} s", line, figures)
-        if now - watched_at > arguments.watch_every:
-            write("watched", {"step": step}, watch())
-            watched_at = time.monotonic()
+        if now - validated_at > arguments.watch_every:
+            write("validation", {"step": step}, validate())
+            validated_at = time.monotonic()
         if now - saved_at > arguments.save_every:
             save(checkpoint, students, step, now - started)
             saved_at = time.monotonic()
     for student in students:
-        if not first and student.lost and not student.followed:
-            raise FloatingPointError(f"the loss of {student.name} was not finite in any of {student.lost} steps")
-    write("watched", {"step": step}, watch())
+        if not first and student.failed and not student.taken:
+            raise FloatingPointError(f"the loss of {student.name} was not finite in any of {student.failed} steps")
+    write("validation", {"step": step}, validate())
     save(checkpoint, students, step, time.monotonic() - started)
     export(arguments, students)
 
@@ -376,4 +379,4 @@ def export(arguments: argparse.Namespace, students: list[Student]) -> None:
         old.unlink()
     for number in range(0, len(content), PART):
         path.with_name(f"{path.name}.{number // PART}").write_bytes(content[number : number + PART])
-    log_line(f"written {path}, {len(content) / 1e6:.1f} MB")
+    log_line(f"wrote {path}, {len(content) / 1e6:.1f} MB")

@@ -65,7 +65,7 @@ class Narrow:
 
 
 @dataclass
-class Seen:
+class Activations:
     """Observed inputs and outputs of a half of a layer of the wide LightGlue: rows of points.
 
     Attributes:
@@ -98,19 +98,19 @@ def narrow(wide: LightGlue, batches: Iterable[lightglue_loss.Batch], width: int)
     for number, layer in enumerate(_layers(wide)):
         attention = layer.cross_attention
         if not all(torch.equal(*pair) for pair in zip(attention.q_proj.parameters(), attention.k_proj.parameters())):
-            raise ValueError(f"cross-attention of layer {number} has other weights for keys than for queries")
-    seen = [(Seen(), Seen()) for _ in wide.transformer_layers]
+            raise ValueError(f"cross-attention of layer {number} has different weights for keys and queries")
+    activations = [(Activations(), Activations()) for _ in wide.transformer_layers]
     for batch in batches:
-        _record(wide, batch, seen)
-    rows = [torch.cat(half.x) for halves in seen for half in halves] + [torch.cat(seen[-1][1].after)]
+        _record(wide, batch, activations)
+    rows = [torch.cat(half.x) for halves in activations for half in halves] + [torch.cat(activations[-1][1].after)]
     covariance = sum((x.T @ x / x.square().sum() for x in rows), torch.zeros(()))
     model = LightGlue(
         **{**wide.config, "descriptor_dim": width, "num_key_value_heads": wide.config["num_attention_heads"]}
     ).to(covariance.device)
     coordinates = _coordinates(torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width], wide, model)
-    pairs = _strongest_frequencies(wide, [torch.cat(halves[0].x) for halves in seen], width)
+    pairs = _strongest_frequencies(wide, [torch.cat(halves[0].x) for halves in activations], width)
     model.positional_encoder.projector.weight.copy_(wide.positional_encoder.projector.weight[pairs])
-    for own, layer, halves in zip(_layers(model), _layers(wide), seen):
+    for own, layer, halves in zip(_layers(model), _layers(wide), activations):
         own.cross_attention.k_proj = own.cross_attention.q_proj
         _narrow_half(
             own.self_attention, own.self_mlp, layer.self_attention, layer.self_mlp, halves[0], coordinates, pairs
@@ -151,7 +151,7 @@ def load_narrow(file: Path, wide: LightGlue, width: int, device: torch.device) -
     if there != width or kept != own:
         teacher = "the same" if kept == own else "another"
         raise ValueError(
-            f"{file} has {there} channels of {teacher} teacher, not {width} of this one: choose another folder"
+            f"{file} has {there} channels of {teacher} teacher, not {width} of this one: choose another --out folder"
         )
     model = LightGlue(**state["config"])
     model.load_state_dict(state["tensors"])
@@ -193,9 +193,9 @@ def _linear(layer: Any, weight: Tensor, bias: Tensor) -> None:
     layer.bias.copy_(bias)
 
 
-def _record(wide: LightGlue, batch: lightglue_loss.Batch, seen: list[tuple[Seen, Seen]]) -> None:
+def _record(wide: LightGlue, batch: lightglue_loss.Batch, activations: list[tuple[Activations, Activations]]) -> None:
     now = lightglue_loss.encoded(wide, batch)
-    for layer, (within, across) in zip(_layers(wide), seen):
+    for layer, (within, across) in zip(_layers(wide), activations):
         middle = []
         for points in now:
             heads = layer.self_attention.project(points.x, points.rotation)
@@ -241,7 +241,7 @@ def _narrow_half(
     mlp: FeedForward,
     wide: Attention,
     wide_mlp: FeedForward,
-    seen: Seen,
+    activations: Activations,
     space: Coordinates,
     pairs: Tensor | None,
 ) -> None:
@@ -249,7 +249,7 @@ def _narrow_half(
 
     It is self-attention with the rotary encoding's ``pairs``, or cross-attention if ``pairs`` is None.
     """
-    x, message, after = torch.cat(seen.x), torch.cat(seen.message), torch.cat(seen.after)
+    x, message, after = torch.cat(activations.x), torch.cat(activations.message), torch.cat(activations.after)
     size, small, width = wide.head_size, own.head_size, len(space.into)
     scale = (small / size) ** 0.25  # similarities are divided by the square root of the head's size
     root = _root(x)
@@ -284,8 +284,8 @@ def _narrow_half(
     # The channels with the strongest effect. The last layer is fitted to their outputs.
     hidden = first(torch.cat([x, message], dim=1))
     active = wide_mlp.activation(wide_mlp.layer_norm(hidden))
-    says = active.var(dim=0) * (space.into @ wide_mlp.fc2.weight).square().sum(dim=0)
-    chosen = says.topk(2 * width).indices.sort().values
+    effect = active.var(dim=0) * (space.into @ wide_mlp.fc2.weight).square().sum(dim=0)
+    chosen = effect.topk(2 * width).indices.sort().values
     of_state, constant = space.linear(of_x, first.bias)
     _linear(mlp.fc1, torch.cat([of_state, read], dim=1)[chosen], constant[chosen])
     few = hidden[:, chosen]

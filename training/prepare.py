@@ -78,10 +78,10 @@ SOURCES = (
     Source(
         "jgarciapueyo/mitsuba2-transient-scenes",
         "CC-BY-3.0, CC0-1.0",
-        "as its rooms' LICENSE.txt tell",
+        "see LICENSE.txt of each room",
         r"LICENSE\.txt$",
     ),
-    Source("hchoi405/dppm-scenes", "CC-BY-3.0, CC0-1.0", "as its rooms' LICENSE.txt tell", r"LICENSE\.txt$"),
+    Source("hchoi405/dppm-scenes", "CC-BY-3.0, CC0-1.0", "see LICENSE.txt of each room", r"LICENSE\.txt$"),
 )
 
 # Registered weights and the files that hold them.
@@ -96,7 +96,9 @@ TEACHERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_option(parser)
-    parser.add_argument("--teachers-from", type=Path, help="folder that holds the teachers' .pth files already")
+    parser.add_argument(
+        "--teachers-from", type=Path, help="folder with the teachers' .pth files, instead of fetching them"
+    )
     parser.add_argument("--without-teachers", action="store_true", help="fetch pictures and rooms only")
     parser.add_argument("--sources", type=Path, help="folder of the repositories (default: below --data)")
     arguments = parser.parse_args()

@@ -102,7 +102,7 @@ class Scene:
         self.scene = mi.load_dict(content)
         placed = root.find("sensor/transform")
         if placed is None:
-            raise ValueError(f"{folder / 'scene.xml'} has no camera: nobody knows where the room is")
+            raise ValueError(f"{folder / 'scene.xml'} has no camera, so a position inside the room is unknown")
         self.inside = scale * np.array(_transform(placed).matrix, float)[:3, 3]  # position of the author's camera
 
     def _shape(
@@ -444,7 +444,7 @@ def _transform(element: ElementTree.Element) -> mi.ScalarTransform4f:
             elif part.tag == "rotate":
                 step = mi.ScalarTransform4f().rotate(axes, float(str(part.get("angle"))))
             else:
-                raise ValueError(f"a transform of kind {part.tag}")
+                raise ValueError(f"unknown transform: {part.tag}")
         result = step @ result
     return result
 
@@ -728,20 +728,26 @@ def main() -> None:
     parser.add_argument("--sources", type=Path, required=True, help="folder of the repositories with the rooms")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0, help="number of the first cluster of each room for training")
-    parser.add_argument("--clusters", type=int, default=60, help="how many of each room for training")
-    parser.add_argument("--held-out-first", type=int, default=0, help="likewise, for evaluation")
-    parser.add_argument("--held-out-clusters", type=int, default=25, help="how many of each room for evaluation")
-    parser.add_argument("--held-out-after", type=int, default=250, help="views for training come first")
+    parser.add_argument("--clusters", type=int, default=60, help="number of clusters of each room for training")
+    parser.add_argument(
+        "--held-out-first", type=int, default=0, help="number of the first cluster of each room for evaluation"
+    )
+    parser.add_argument(
+        "--held-out-clusters", type=int, default=25, help="number of clusters of each room for evaluation"
+    )
+    parser.add_argument(
+        "--held-out-after", type=int, default=250, help="number of training views to render before those for evaluation"
+    )
     parser.add_argument(
         "--pictures",
         type=Path,
         nargs="*",
         default=[],
-        help="shards of photographs, with which every second cluster's walls are papered",
+        help="shards of photographs that become wallpaper in every second cluster for training",
     )
-    parser.add_argument("--held-out-pictures", type=Path, nargs="*", default=[], help="likewise, for evaluation")
+    parser.add_argument("--held-out-pictures", type=Path, nargs="*", default=[], help="the same for evaluation")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="*", help="names of rooms")
+    parser.add_argument("--only", nargs="*", help="render only these rooms")
     arguments = parser.parse_args()
     dr.set_thread_count(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -264,7 +264,7 @@ def _encode(suffix: str, image: Array, options: list[int]) -> bytes:
 def _decode(content: Array, flags: int) -> Array:
     image = cv2.imdecode(content, flags)
     if image is None:
-        raise ValueError("a shard holds an image that cannot be decoded: it is damaged")
+        raise ValueError("an image of the shard cannot be decoded: the file is damaged")
     return image
 
 

@@ -224,8 +224,8 @@ def descriptor_loss(draw: torch.Generator, descriptors: tuple[Tensor, Tensor], l
     neighbours = torch.cdist(place, place) < 6
     neighbours.diagonal(dim1=1, dim2=2).fill_(False)
     similarity = similarity.masked_fill(neighbours | ~(valid[:, :, None] & valid[:, None]), -1e4)
-    right = similarity.diagonal(dim1=1, dim2=2)
-    loss = similarity.logsumexp(dim=2) + similarity.logsumexp(dim=1) - 2 * right
+    positive = similarity.diagonal(dim1=1, dim2=2)
+    loss = similarity.logsumexp(dim=2) + similarity.logsumexp(dim=1) - 2 * positive
     return torch.where(valid, loss, 0.0).sum() / (2 * valid.sum().clamp(min=1))
 
 

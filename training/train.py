@@ -30,7 +30,7 @@ from loop import (
     run,
     settings_of,
     subnormals_are_zeros,
-    watched_means,
+    validation_means,
 )
 from torch import Tensor, nn
 from views import Source, ViewPairs, load
@@ -81,12 +81,12 @@ def build(kind: str, name: str, start: str | None, device: torch.device, or_rand
     model = make(**config)
     fits = False
     if start is not None:
-        begun = _read(make, name, start)
-        fits = _shapes(begun) == _shapes(model)
+        loaded = _read(make, name, start)
+        fits = _shapes(loaded) == _shapes(model)
         if fits:
-            model.load_state_dict(begun.state_dict())
+            model.load_state_dict(loaded.state_dict())
         elif not or_random:
-            raise ValueError(f"{start} is of another architecture than the {name} network")
+            raise ValueError(f"{start} has another architecture than the {name} network")
     if kind == "points" and not fits:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
@@ -213,12 +213,12 @@ def matching_step(
     """Train the LightGlues for one step. ``heads`` of the layers before the last learn, or all if it is None."""
     figures: dict[str, float] = {}
     for student in students:
-        asked = None
+        layers = None
         if heads is not None:
             before = len(student.model.transformer_layers) - 1
-            asked = torch.randperm(before, generator=settings.draw(4, step), device=settings.device)[:heads].tolist()
+            layers = torch.randperm(before, generator=settings.draw(4, step), device=settings.device)[:heads].tolist()
         with settings.autocast():
-            parts = lightglue_loss.losses(student.model, batches[student.name], asked)
+            parts = lightglue_loss.losses(student.model, batches[student.name], layers)
         student.step(parts["total"], rate(progress), step)
         figures |= {f"{student.name} {key}": value.detach() for key, value in parts.items()}  # type: ignore[misc]
     return figures
@@ -237,12 +237,12 @@ def features(found: list[tuple[Tensor, Tensor, Tensor]], pairs: ViewPairs, setti
     On a bare wall such points are at arbitrary positions. Two of them near each other's true position are not a match
     that can be learnt.
     """
-    partners, alone = lightglue_loss.truth((found[0][0], found[1][0]), pairs.geometry)
+    partners, unmatched = lightglue_loss.truth((found[0][0], found[1][0]), pairs.geometry)
     other = found[1][2].gather(1, partners.clamp(min=0))
     partners = torch.where((found[0][2] < FAINT) | (other < FAINT), -1, partners)
-    alone = tuple(each & (scores >= FAINT) for each, (_, _, scores) in zip(alone, found))
+    unmatched = tuple(each & (scores >= FAINT) for each, (_, _, scores) in zip(unmatched, found))
     return lightglue_loss.Batch(
-        (found[0][0], found[1][0]), (found[0][1], found[1][1]), partners, (alone[0], alone[1]), settings.size
+        (found[0][0], found[1][0]), (found[0][1], found[1][1]), partners, (unmatched[0], unmatched[1]), settings.size
     )
 
 
@@ -250,7 +250,9 @@ def features(found: list[tuple[Tensor, Tensor, Tensor]], pairs: ViewPairs, setti
 
 
 @torch.no_grad()
-def watch_points(students: list[Student], watched: list[Source], settings: Settings, count: int) -> dict[str, float]:
+def validate_points(
+    students: list[Student], validation: list[Source], settings: Settings, count: int
+) -> dict[str, float]:
     """Return the repeatability of points, on lightly degraded views that are not trained on."""
 
     def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
@@ -265,12 +267,12 @@ def watch_points(students: list[Student], watched: list[Source], settings: Setti
             figures |= {f"{student.name} {name} {key}": value for key, value in again.items()}
         return figures
 
-    return watched_means(watched, settings, count, found)
+    return validation_means(validation, settings, count, found)
 
 
 @torch.no_grad()
-def watch_matching(
-    extractors: dict[str, SuperPoint], students: list[Student], watched: list[Source], settings: Settings, count: int
+def validate_matching(
+    extractors: dict[str, SuperPoint], students: list[Student], validation: list[Source], settings: Settings, count: int
 ) -> dict[str, float]:
     """Return loss, recall and precision of the last layer, on views that are not trained on."""
 
@@ -284,7 +286,7 @@ def watch_matching(
             figures |= {f"{student.name} {name} {key}": float(parts[key]) for key in ("last", "recall", "precision")}
         return figures
 
-    return watched_means(watched, settings, count, found)
+    return validation_means(validation, settings, count, found)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -295,17 +297,17 @@ def train(arguments: argparse.Namespace) -> None:
     """Train according to the arguments; write checkpoints and a log to ``--out``."""
     settings = settings_of(arguments)
     device = settings.device
-    trained, watched = load(arguments.shards, device)
+    trained, validation = load(arguments.shards, device)
     torch.manual_seed(arguments.seed)  # for the initial weights
     built = {name: build(arguments.kind, name, arguments.start, device, True) for name in arguments.networks}
     for name, (_, fits) in built.items():
         if arguments.start is not None and not fits:
-            log_line(f"{name} begins with random weights: --start {arguments.start} is of another architecture")
+            log_line(f"{name} starts from random weights: --start {arguments.start} has another architecture")
     students = [
         Student(name, model, arguments.rate or RATES[arguments.kind, name]) for name, (model, _) in built.items()
     ]
     extractors = load_extractors(arguments, device) if arguments.kind == "matching" else {}
-    judges = {}  # a network that begins with random weights has none
+    judges = {}  # a network that starts from random weights has none
     if arguments.kind == "matching":
         judges = {student.name: copy.deepcopy(student.average) for student in students if built[student.name][1]}
     # Without --teacher, the average of the first network teaches this network and the others.
@@ -317,7 +319,7 @@ def train(arguments: argparse.Namespace) -> None:
     def views(number: int) -> ViewPairs:
         return source_of(trained, number).pairs(settings.draw(1, number), settings.batch, settings.size)
 
-    described = Batches(
+    batches = Batches(
         lambda number: matching_batches(extractors, judges, views(number), settings, number),
         arguments.batches,
         settings,
@@ -326,14 +328,14 @@ def train(arguments: argparse.Namespace) -> None:
     def learn(step: int, progress: float) -> dict[str, float]:
         if arguments.kind == "points":
             return points_step(teacher, students, views(step), settings, step, progress)
-        return matching_step(students, described.of(step), settings, step, progress, arguments.heads)
+        return matching_step(students, batches.of(step), settings, step, progress, arguments.heads)
 
-    def watch() -> dict[str, float]:
+    def validate() -> dict[str, float]:
         if arguments.kind == "points":
-            return watch_points(students, watched, settings, arguments.watch_views)
-        return watch_matching(extractors, students, watched, settings, arguments.watch_views)
+            return validate_points(students, validation, settings, arguments.watch_views)
+        return validate_matching(extractors, students, validation, settings, arguments.watch_views)
 
-    run(arguments, settings, students, learn, watch)
+    run(arguments, settings, students, learn, validate)
 
 
 def load_extractors(arguments: argparse.Namespace, device: torch.device) -> dict[str, SuperPoint]:
@@ -347,15 +349,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("points", "matching"))
     add_options(parser, batch=32, size=(640, 480))
-    parser.add_argument("--start", help="weights to begin with: a folder, a registered name, or KIND.weights.pt")
-    parser.add_argument("--points", type=Path, help="points.weights.pt to train the matchers for")
-    parser.add_argument("--teacher", type=Path, help="points.weights.pt whose full network makes the labels")
+    parser.add_argument("--start", help="weights to start from: a folder, a registered name, or KIND.weights.pt")
     parser.add_argument(
-        "--batches", type=int, default=0, help="of features that matchers learn from, kept and used again; 0: none is"
+        "--points", type=Path, help="points.weights.pt whose features the matchers learn from (default: that in --out)"
     )
-    parser.add_argument("--heads", type=int, help="layers before the last whose assignment learns in a step, not all")
     parser.add_argument(
-        "--rate", type=float, help="largest learning rate in place of the network's; lower for what was trained already"
+        "--teacher",
+        type=Path,
+        help="points.weights.pt whose full network creates the labels (default: the average of "
+        "the first network in training)",
+    )
+    parser.add_argument("--batches", type=int, default=0, help="number of feature batches kept and reused; 0: none")
+    parser.add_argument(
+        "--heads",
+        type=int,
+        help="number of layers before the last whose assignment is trained in a step (default: all)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        help="largest learning rate (default: the network's own); use a lower one for trained weights",
     )
     parser.add_argument("--networks", nargs="+", choices=("full", "fast"), default=["full", "fast"])
     train(parser.parse_args(argv))

@@ -410,7 +410,7 @@ class RoomViews:
 Source = Photos | RoomViews
 
 
-def watched_of(names: list[str]) -> np.ndarray:
+def are_for_validation(names: list[str]) -> np.ndarray:
     """Return (N,) bool, which of the named items are for validation: about one in twenty, by a hash of the name alone.
 
     If none were chosen, the first by hash is.
@@ -423,7 +423,8 @@ def watched_of(names: list[str]) -> np.ndarray:
 def load(folder: Path, device: torch.device) -> tuple[list[Source], list[Source]]:
     """Load the shards of a folder: the sources to train on (logged), and the sources for validation.
 
-    About one in twenty photographs and one in twenty clusters of views are for validation, see :func:`watched_of`.
+    About one in twenty photographs and one in twenty clusters of views are for validation, by
+    :func:`are_for_validation`.
 
     Raises:
         FileNotFoundError: there are no photographs.
@@ -431,19 +432,19 @@ def load(folder: Path, device: torch.device) -> tuple[list[Source], list[Source]
     paths = sorted(folder.glob("photos_*.npz"))
     images = [image for path in paths for image in read_photos(path)]
     if not images:
-        raise FileNotFoundError(f"{folder} holds no photos_*.npz: make them with training/prepare.py")
-    chosen = watched_of([name for path in paths for name in photo_names(path)])
+        raise FileNotFoundError(f"{folder} holds no photos_*.npz: create them with training/prepare.py")
+    chosen = are_for_validation([name for path in paths for name in photo_names(path)])
     trained: list[Source] = [Photos([image for image, each in zip(images, chosen) if not each], device)]
-    watched: list[Source] = [Photos([image for image, each in zip(images, chosen) if each], device)]
+    validation: list[Source] = [Photos([image for image, each in zip(images, chosen) if each], device)]
     shards = [rooms for path in sorted(folder.glob("rooms_*.npz")) if (rooms := read_rooms(path)).images]
     if shards:
         rooms = RoomViews(shards, device)
         views = [name for s in shards for name in s.names]
         # render.py names a view by its room, its place in it, and its number there.
         places = [views[i].rpartition("_")[0] for i in rooms.pairs_of[:, 0].tolist()]
-        held_out = torch.from_numpy(watched_of(places)).to(device)
+        held_out = torch.from_numpy(are_for_validation(places)).to(device)
         trained.append(rooms.only(~held_out))
-        watched.append(rooms.only(held_out))
+        validation.append(rooms.only(held_out))
     for source in trained:
-        log_line(f"{type(source).__name__}: {len(source)} to train on")
-    return trained, watched
+        log_line(f"{type(source).__name__}: {len(source)} for training")
+    return trained, validation

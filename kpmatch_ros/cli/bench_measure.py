@@ -449,7 +449,7 @@ def _make_peer(name: str, matcher: FeatureMatcher, dtype: torch.dtype) -> Any:
 
 def _serve(peer: Any, image0: Image, image1: Image) -> Served:
     """Match a pair of images with another implementation, from pixels to matches in host memory."""
-    reference, describing = _timed(lambda: peer.describe(image0))
+    reference, extracting = _timed(lambda: peer.extract(image0))
     matches, matching = _timed(lambda: peer.match(reference, image1))
-    both = Lap(describing.wall + matching.wall, describing.cpu + matching.cpu)
-    return Served(both, matches, describing if peer.KEEPS_FEATURES else None)
+    both = Lap(extracting.wall + matching.wall, extracting.cpu + matching.cpu)
+    return Served(both, matches, extracting if peer.KEEPS_FEATURES else None)

@@ -254,7 +254,7 @@ def check_pytorch() -> Iterator[Finding]:
         yield Finding(FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", _remedy(error, "torch"))
         return
     from kpmatch_ros.runtime.device import choose_device, choose_precision, format_name
-    from kpmatch_ros.runtime.processor import BFLOAT16, hidden_features
+    from kpmatch_ros.runtime.processor import BFLOAT16, disabled_features
 
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     yield Finding(OK, "PyTorch", f"{torch.__version__}, {threads}")
@@ -262,7 +262,7 @@ def check_pytorch() -> Iterator[Finding]:
     device = choose_device("auto")
     precision = format_name(choose_precision("auto", device))
     text = f"auto means device {device}, {precision}"
-    if device.type == "cpu" and hidden_features() & BFLOAT16:
+    if device.type == "cpu" and disabled_features() & BFLOAT16:
         used = torch.backends.cpu.get_cpu_capability()
         text += f": the processor has bfloat16, but PyTorch is limited to the vectors {used}"
         yield Finding(WARN, "precision", text, "unset ATEN_CPU_CAPABILITY, unless you want that limit")

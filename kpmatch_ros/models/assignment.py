@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kpmatch_ros.runtime.processor import hidden_features
+from kpmatch_ros.runtime.processor import disabled_features
 
 __all__ = [
     "Assignment",
@@ -194,7 +194,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         (B, heads, N, C) of the same type as ``query``.
     """
     wanted = query.dtype
-    if wanted == torch.bfloat16 and query.device.type == "cpu" and "amx_bf16" in hidden_features():
+    if wanted == torch.bfloat16 and query.device.type == "cpu" and "amx_bf16" in disabled_features():
         # PyTorch packs bfloat16 for AMX tiles on every processor that has them. If AVX-512 is disabled, it then fails.
         query, key, value = query.float(), key.float(), value.float()
     only = None if mask is None else mask[:, None, None, :]

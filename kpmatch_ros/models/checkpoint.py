@@ -159,7 +159,7 @@ def _networks_of(source: str | Path) -> list[str]:
 def no_network(source: str, names: Collection[str]) -> weights.WeightsError:
     """The error for a file whose tensors belong to no network of this package."""
     return weights.WeightsError(
-        f"{source} holds none of the networks {', '.join(NETWORKS)}, but {', '.join(list(names)[:3])} and so on"
+        f"{source} holds none of the networks {', '.join(NETWORKS)}, but {', '.join(list(names)[:3])} and others"
     )
 
 
@@ -173,14 +173,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         config_path = path / "config.json"
         try:
             if config_path.exists() and not config_path.is_file():  # reading a FIFO would wait for ever
-                raise TypeError("it is no regular file")
+                raise TypeError("it is not a regular file")
             config = json.loads(config_path.read_text())
             if not isinstance(config, dict):
-                raise TypeError("it holds no object")
+                raise TypeError("it is not a JSON object")
         except (OSError, TypeError, ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise weights.WeightsError(
-                f"{path} is no folder of weights: its config.json cannot be read ({reason})"
+                f"{path} is not a folder of weights: its config.json cannot be read ({reason})"
             ) from error
         return Checkpoint(config, _read_tensors(tensor_file(path)), str(path))
     file = tensor_file(path)
@@ -236,9 +236,9 @@ def tensor_file(path: Path) -> Path:
     for file in (path / name for name in names):
         if file.exists():
             if not file.is_file():  # reading a FIFO would wait for ever
-                raise weights.WeightsError(f"{file} is no regular file, so these are no weights")
+                raise weights.WeightsError(f"{file} is not a regular file, so it holds no weights")
             return file
-    raise weights.WeightsError(f"{path} is no folder of weights: it has no model.safetensors")
+    raise weights.WeightsError(f"{path} is not a folder of weights: it has no model.safetensors")
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -264,7 +264,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = dict(inner)
     tensors = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     if not tensors:
-        raise weights.WeightsError(f"{path} holds no named tensors, so these are no weights")
+        raise weights.WeightsError(f"{path} holds no named tensors, so it holds no weights")
     return _checked(path, tensors)
 
 
@@ -274,7 +274,7 @@ def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         fault = _fault(tensor)
         if fault:
             raise weights.WeightsError(
-                f"{path} holds {name:.80}, which {fault}; weights are real numbers, each of them in the file"
+                f"{path} holds {name:.80}, which {fault}; weights must be plain arrays of real numbers"
             )
     return tensors
 
@@ -287,7 +287,7 @@ def _fault(tensor: Tensor) -> str:
         return f"is of the type {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.device.type != "cpu":
         return f"is on the device {tensor.device}"
-        # A tensor of stride 0 takes one number in the file and any amount of memory when copied.
+    # A tensor of stride 0 takes one number in the file and any amount of memory when copied.
     repeats = tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
     return "repeats its numbers" if repeats else ""
 
@@ -296,11 +296,11 @@ def _damaged(path: Path, error: Exception) -> weights.WeightsError:
     if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text recommends running the file's code
         reason = "it holds something other than tensors, which is not loaded because it could run code"
     elif isinstance(error, LookupError):  # the first byte is no opcode of pickle
-        reason = "it is no file of PyTorch"
+        reason = "it is not a PyTorch file"
     else:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return weights.WeightsError(
-        f"{path} cannot be read as weights ({reason}); it may be cut off, or a web page saved under this name: "
+        f"{path} cannot be read as weights ({reason}); it may be truncated, or a web page saved under this name: "
         "fetch it again"
     )
 
@@ -318,7 +318,6 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
 
     Args:
         options: configuration values that replace the checkpoint's.
-        options: configuration that replaces the checkpoint's own.
 
     Raises:
         WeightsError: the weights are missing, damaged, or made for another network or configuration.
@@ -344,8 +343,8 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
     unknown = sorted(set(config) - set(network.DEFAULTS) - _DESCRIPTIVE)
     if unknown:
         raise weights.WeightsError(
-            f"{checkpoint.source} sets {', '.join(unknown)}, which this {network.MODEL_TYPE} does not know; matches "
-            "would differ from what the weights were made for"
+            f"{checkpoint.source} sets {', '.join(unknown)}, which this {network.MODEL_TYPE} does not support; the "
+            "matches would differ from those that the weights were trained for"
         )
     config = {key: value for key, value in config.items() if key in network.DEFAULTS and value is not None}
     _check_config(checkpoint, network, config)
@@ -402,8 +401,8 @@ def _check_config(checkpoint: Checkpoint, network: type[_Buildable], config: Map
         parts = len(numbers) if isinstance(default, list) else value if key.startswith("num_") else 0
         if parts > max(len(checkpoint.tensors), 1):
             raise weights.WeightsError(
-                f"{checkpoint.source} sets {key} to {value!r:.80}, but holds {len(checkpoint.tensors)} tensors: its "
-                "configuration is of another network"
+                f"{checkpoint.source} sets {key} to {value!r:.80}, but holds {len(checkpoint.tensors)} tensors: the "
+                "configuration belongs to another network"
             )
 
 
@@ -416,7 +415,8 @@ def _explained(source: str, kind: str) -> Iterator[None]:
         raise weights.WeightsError(f"{source}: {error}") from error
     except Exception as error:
         raise weights.WeightsError(
-            f"{source} is no {kind}: its configuration or its tensors are incomplete or contradictory ({error!r})"
+            f"{source} is not a valid {kind}: its configuration or its tensors are incomplete or contradictory "
+            f"({error!r})"
         ) from error
 
 

@@ -32,7 +32,7 @@ __all__ = [
     "in_float32",
     "open_library",
     "pixel_scores",
-    "takes",
+    "may_process",
     "transforms",
 ]
 
@@ -137,7 +137,7 @@ def in_float32() -> bool:
     return _support == _FLOATS and _WIDTH == 8
 
 
-def takes(numbers: Tensor) -> bool:
+def may_process(numbers: Tensor) -> bool:
     """Whether the compiled code may process a tensor: it is on the processor, and PyTorch need not see the operations.
 
     PyTorch must see the operations for gradients and while it traces or compiles a network, as for ONNX.

@@ -113,9 +113,9 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
         WeightsError: the source cannot be read, the target exists, or the target's format cannot hold the source.
     """
     if os.path.lexists(target):  # also a broken link
-        raise WeightsError(f"{target} is there already; remove it or choose another name")
+        raise WeightsError(f"{target} already exists; remove it or choose another name")
     if target.suffix in (".pth", ".pt", ".bin", ".onnx"):
-        raise WeightsError(f"{target}: weights are written as a folder, or as a file whose name ends in .safetensors")
+        raise WeightsError(f"{target}: weights are written to a folder, or to a file whose name ends in .safetensors")
     single_file = target.suffix == ".safetensors"
     networks = describe(source)
     registered = weights.REGISTRY.get(str(source))
@@ -123,16 +123,16 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
         extractor = registered.extractor or None
     if extractor is not None:
         if networks[0].model not in MATCHERS:
-            raise WeightsError(f"{source} is a {networks[0].model}; only a matcher has an extractor beside it")
+            raise WeightsError(f"{source} is a {networks[0].model}; only a matcher can be combined with an extractor")
         check_made_for(source, extractor)
         networks = [networks[0], *(network for network in describe(extractor) if network.model not in MATCHERS)]
         if len(networks) == 1:
-            raise WeightsError(f"{extractor} holds no extractor, so none for {source}")
+            raise WeightsError(f"{extractor} holds no extractor to combine with {source}")
     metadata = {"format": "pt"}
     if single_file:
         if len(networks) > 1:
             names = " and ".join(network.model for network in networks)
-            raise WeightsError(f"{source} holds {names}, a .safetensors file only one network: convert to a folder")
+            raise WeightsError(f"{source} holds {names}, but a .safetensors file only one network: convert to a folder")
         config, tensors = _config(networks[0]), networks[0].tensors
         metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     else:
@@ -178,13 +178,13 @@ def _folder_content(source: str | Path, networks: list[Network]) -> tuple[dict[s
     if len(networks) == 1:
         raise WeightsError(
             f"{source} holds a matcher without the extractor that it was made for, and a Hugging Face folder holds "
-            "both: name it with --extractor"
+            "both: name the extractor with --extractor"
         )
     matcher, detector = networks
     if matcher.descriptor_size != detector.descriptor_size:
         raise WeightsError(
-            f"the {matcher.model} takes descriptors of size {matcher.descriptor_size}, the {detector.model} makes "
-            f"descriptors of size {detector.descriptor_size}: they do not belong together"
+            f"the {matcher.model} takes descriptors of size {matcher.descriptor_size}, but the {detector.model} "
+            f"computes descriptors of size {detector.descriptor_size}: they do not belong together"
         )
     if detector.model == "superpoint":
         head.pop("input_dim", None)  # it follows from SuperPoint's configuration, and `transformers` does not know it

@@ -120,12 +120,12 @@ def check_exportable(extractor: nn.Module, matcher: nn.Module) -> None:
     """Raise ExportError if the networks cannot be exported, before any file is written."""
     if not isinstance(extractor, SuperPoint):
         raise ExportError(
-            f"the extractor is {type(extractor).__name__}, and only SuperPoint can be exported: take a SuperPoint "
+            f"the extractor is {type(extractor).__name__}, but only SuperPoint can be exported: choose a SuperPoint "
             "extractor and a matcher made for it"
         )
     if not isinstance(matcher, (LightGlue, SuperGlue)):
         raise ExportError(
-            f"the matcher is {type(matcher).__name__}, which has no network to export: take LightGlue or SuperGlue"
+            f"the matcher is {type(matcher).__name__}, which has no network to export: choose LightGlue or SuperGlue"
         )
     try:
         import onnx  # noqa: F401
@@ -149,12 +149,12 @@ def export_extractor(extractor: SuperPoint, file: Path, size: tuple[int, int], d
     width, height = size
     if min(size) < CELL:
         raise ExportError(
-            f"images of {width} x {height} pixels are too small: SuperPoint takes {CELL} x {CELL} or more"
+            f"images of {width} x {height} pixels are too small: SuperPoint needs {CELL} x {CELL} or more"
         )
     if width * height > LARGEST_IMAGE:
         raise ExportError(
-            f"images of {width} x {height} pixels are too large for the networks, which take "
-            f"{LARGEST_IMAGE / 1e6:.1f} million pixels: name a smaller size"
+            f"images of {width} x {height} pixels are too large for the networks, whose limit is "
+            f"{LARGEST_IMAGE / 1e6:.1f} million pixels: choose a smaller size"
         )
     batch: int | str = "B" if dynamic else 1
     rows, columns = ("H / 8", "W / 8") if dynamic else (height // CELL, width // CELL)

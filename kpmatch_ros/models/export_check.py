@@ -15,7 +15,7 @@ from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.export import ExportError, Graph
 from kpmatch_ros.models.lightglue import LightGlue
-from kpmatch_ros.models.onnx_providers import ON_PROCESSOR, Wish
+from kpmatch_ros.models.onnx_providers import ON_PROCESSOR, RequestedProviders
 from kpmatch_ros.models.superglue import SuperGlue
 from kpmatch_ros.models.superpoint import SuperPoint
 
@@ -62,7 +62,7 @@ class Session:
     Args:
         file: the graph's file.
         graph: the graph's inputs and outputs.
-        wish: the requested execution providers.
+        requested: the requested execution providers.
 
     Attributes:
         graph: the graph's inputs and outputs.
@@ -73,7 +73,7 @@ class Session:
         ExportError: ONNX Runtime has none of the requested providers.
     """
 
-    def __init__(self, file: Path, graph: Graph, wish: Wish = ON_PROCESSOR) -> None:
+    def __init__(self, file: Path, graph: Graph, requested: RequestedProviders = ON_PROCESSOR) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -82,12 +82,12 @@ class Session:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         self.graph = graph
-        self._session = wish.start(
+        self._session = requested.start(
             lambda providers: onnxruntime.InferenceSession(str(file), options, providers=providers), file, graph
         )
-        self.providers = wish.started(self._session)
+        self.providers = requested.started(self._session)
 
-    def takes(self, name: str) -> bool:
+    def has_input(self, name: str) -> bool:
         """Whether the graph has an input of this name."""
         return any(port.name == name for port in self.graph.inputs)
 
@@ -106,7 +106,7 @@ def compare(
     matcher: LightGlue | SuperGlue,
     sessions: tuple[Session, Session],
     images: Sequence[Tensor],
-    places: int | None,
+    slots: int | None,
 ) -> Parity:
     """Extract and match consecutive images with the networks and with their graphs, each with its own keypoints.
 
@@ -115,7 +115,7 @@ def compare(
         matcher: a float32 network on the processor that uses all layers and points.
         sessions: the graphs of both.
         images: (1, 1, H, W) grey values in [0, 1].
-        places: number of keypoints in the matcher's graph including padding; None if it is dynamic.
+        slots: number of keypoints in the matcher's graph including padding; None if it is dynamic.
     """
     dense, match = sessions
     score_difference = descriptor_difference = match_score_difference = 0.0
@@ -130,7 +130,7 @@ def compare(
     matches = equal = total = 0
     for i in range(len(images) - 1):
         rows, scores = _matches(matcher(ours[i], ours[i + 1]), ours[i], ours[i + 1])
-        graph_rows, graph_scores = _matches(_run(match, theirs[i], theirs[i + 1], places), theirs[i], theirs[i + 1])
+        graph_rows, graph_scores = _matches(_run(match, theirs[i], theirs[i + 1], slots), theirs[i], theirs[i + 1])
         partner = _partners(rows, graph_rows)
         both = partner >= 0
         matches += len(rows)
@@ -153,24 +153,24 @@ def _features(found: Detections, image: Tensor) -> ImageFeatures:
     return ImageFeatures(found.keypoints[:, real], found.descriptors[:, real], size, scores=found.scores[:, real])
 
 
-def _run(match: Session, image0: ImageFeatures, image1: ImageFeatures, places: int | None) -> Assignment:
+def _run(match: Session, image0: ImageFeatures, image1: ImageFeatures, slots: int | None) -> Assignment:
     """Return the assignment that a matcher's graph computes."""
     count0, count1 = image0.num_keypoints, image1.num_keypoints
     empty = Assignment.empty(1, count0, count1, image0.keypoints.device)
     if count0 == 0 or count1 == 0:
         return empty  # a graph needs at least one keypoint
-    with_scores = match.takes("detection_scores0")
-    found = match(*_inputs(image0, places, with_scores), *_inputs(image1, places, with_scores))
+    with_scores = match.has_input("detection_scores0")
+    found = match(*_inputs(image0, slots, with_scores), *_inputs(image1, slots, with_scores))
     names = ("matches0", "matches1", "scores0", "scores1")
     return empty._replace(
         **{name: tensor[:, :count] for name, tensor, count in zip(names, found, (count0, count1) * 2)}
     )
 
 
-def _inputs(features: ImageFeatures, places: int | None, with_scores: bool) -> list[Tensor]:
+def _inputs(features: ImageFeatures, slots: int | None, with_scores: bool) -> list[Tensor]:
     """Return the features of one image as inputs of a graph."""
     assert features.scores is not None
-    behind = 0 if places is None else places - features.num_keypoints
+    behind = 0 if slots is None else slots - features.num_keypoints
     tensors = [
         F.pad(features.keypoints, (0, 0, 0, behind)),
         F.pad(features.descriptors, (0, 0, 0, behind)),

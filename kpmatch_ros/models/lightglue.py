@@ -28,10 +28,10 @@ from kpmatch_ros.models.lightglue_layers import (
 )
 from kpmatch_ros.weights import WeightsError
 
-__all__ = ["LightGlue", "OnItsWay", "normalise_keypoints"]
+__all__ = ["LightGlue", "PendingBool", "normalise_keypoints"]
 
 
-class OnItsWay:
+class PendingBool:
     """A bool that a device is still computing. The host waits for it only when it reads the value."""
 
     def __init__(self, value: Tensor) -> None:
@@ -86,7 +86,8 @@ class LightGlue(PretrainedNetwork):
             )
         if self.config["hidden_act"] not in ACTIVATIONS:
             raise WeightsError(
-                f"LightGlue does not know the activation {self.config['hidden_act']!r}, only {', '.join(ACTIVATIONS)}"
+                f"LightGlue does not support the activation {self.config['hidden_act']!r}, "
+                f"only {', '.join(ACTIVATIONS)}"
             )
         layers = self.config["num_hidden_layers"]
         self.input_projection = nn.Identity() if self.input_dim == size else nn.Linear(self.input_dim, size)
@@ -139,7 +140,7 @@ class LightGlue(PretrainedNetwork):
     def leave_attention_to_pytorch(self) -> LightGlue:
         """Let PyTorch compute the attention: for bfloat16 on a processor with matrix tiles, see :class:`Attention`."""
         for layer in self._layers:
-            layer.self_attention.by_hand = layer.cross_attention.by_hand = False
+            layer.self_attention.head_by_head = layer.cross_attention.head_by_head = False
         return self
 
     def use_compiled(self, dtype: torch.dtype) -> LightGlue:
@@ -277,7 +278,7 @@ class LightGlue(PretrainedNetwork):
         count0, count1 = len(points0.index), len(points1.index)
         prunes = [self.width_confidence > 0 and count > self.prune_above for count in (count0, count1)]
         ahead = self.run_ahead and not any(prunes)  # pruning waits for the number of remaining points anyway
-        enough: OnItsWay | None = None  # whether enough points are confident after the layers so far
+        enough: PendingBool | None = None  # whether enough points are confident after the layers so far
         for i, layer in enumerate(self.transformer_layers):
             before = points0.x, points1.x
             points0.x, points1.x = layer(points0, points1)
@@ -289,7 +290,7 @@ class LightGlue(PretrainedNetwork):
             confidence0 = confidence1 = None
             if self.depth_confidence > 0:
                 confidence0, confidence1 = self._confidences(points0, i), self._confidences(points1, i)
-                enough = OnItsWay(self._are_sure(confidence0, confidence1, i, count0 + count1))
+                enough = PendingBool(self._are_sure(confidence0, confidence1, i, count0 + count1))
                 if not ahead and enough:
                     return i + 1
             if any(prunes):
@@ -328,8 +329,8 @@ class LightGlue(PretrainedNetwork):
             len(image0.keypoints), image0.num_keypoints, image1.num_keypoints, image0.keypoints.device
         )
         for i in range(len(image0.keypoints)):
-            (alone0, real0), (alone1, real1) = _without_padding(image0, i), _without_padding(image1, i)
-            pair = _spread(self(alone0, alone1), real0, real1, image0.num_keypoints, image1.num_keypoints)
+            (unpadded0, real0), (unpadded1, real1) = _without_padding(image0, i), _without_padding(image1, i)
+            pair = _spread(self(unpadded0, unpadded1), real0, real1, image0.num_keypoints, image1.num_keypoints)
             for field, values in zip(total, pair):
                 field[i] = values[0]
         return total

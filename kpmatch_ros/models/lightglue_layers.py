@@ -87,8 +87,8 @@ class Attention(nn.Module):
     """Multi-head attention; keys and values may have fewer heads than queries.
 
     Attributes:
-        by_hand: compute bfloat16 on a processor head by head, from large matrix products. On processors with matrix
-            tiles (AMX), PyTorch's attention takes a third of that time; on others it takes longer.
+        head_by_head: compute bfloat16 on a processor head by head, from large matrix products. On processors with
+            matrix tiles (AMX), PyTorch's attention takes a third of that time; on others it takes longer.
         joint: computes queries, keys and values with one matrix product, see :meth:`join_projections`.
     """
 
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, key_value_heads * self.head_size, bias=bias)
         self.o_proj: nn.Module = nn.Linear(size, size, bias=bias)
         self.joint: nn.Linear | None = None
-        self.by_hand = True
+        self.head_by_head = True
 
     def project(self, x: Tensor, rotation: Tensor | None = None) -> Heads:
         """Return queries, keys and values of the points x (B, N, C)."""
@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
     def forward(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
         """Return messages (B, N, C) to points from a source of M points; ``mask`` (B, M) is true for real ones."""
-        if self._computes_by_hand(points.query) and points is source:
+        if self._computes_head_by_head(points.query) and points is source:
             message = _attend_by_heads(points, mask)
         else:
             message = attend(points.query, source.key, source.value, mask)
@@ -129,14 +129,14 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the messages that two images' points receive from each other; masks as for :meth:`forward`."""
         most = max(heads0.query.shape[2], heads1.query.shape[2])
-        at_once = self.k_proj is self.q_proj and self._computes_by_hand(heads0.query)
+        at_once = self.k_proj is self.q_proj and self._computes_head_by_head(heads0.query)
         if at_once and most <= _ACROSS_AT_ONCE and not (heads0.query.requires_grad or self._forward_hooks):
             message0, message1 = _attend_across(heads0, heads1, mask0, mask1)
             return self._output(message0), self._output(message1)
         return self(heads0, heads1, mask1), self(heads1, heads0, mask0)
 
-    def _computes_by_hand(self, numbers: Tensor) -> bool:
-        return self.by_hand and numbers.dtype == torch.bfloat16 and numbers.device.type == "cpu"
+    def _computes_head_by_head(self, numbers: Tensor) -> bool:
+        return self.head_by_head and numbers.dtype == torch.bfloat16 and numbers.device.type == "cpu"
 
     def share_equal_projections(self) -> None:
         """Compute queries and keys only once if their weights are equal, as in the authors' cross-attention."""
@@ -216,15 +216,15 @@ def _attend_across(heads0: Heads, heads1: Heads, mask0: Tensor | None, mask1: Te
     for b, h in itertools.product(range(batch), range(count)):
         query, key = heads0.query[b, h].float() * (math.log2(math.e) / math.sqrt(size)), heads1.key[b, h].float()
         similarity = F.linear(query, key, lows1[b])
-        message0[b, h] = _listen(similarity - similarity.amax(dim=1, keepdim=True), heads1.value[b, h])
+        message0[b, h] = _weighted_mean(similarity - similarity.amax(dim=1, keepdim=True), heads1.value[b, h])
         low0 = lows0[b]
         if low0 is not None:
             similarity += low0[:, None]
-        message1[b, h] = _listen(similarity.sub_(similarity.amax(dim=0)).T, heads0.value[b, h])
+        message1[b, h] = _weighted_mean(similarity.sub_(similarity.amax(dim=0)).T, heads0.value[b, h])
     return message0, message1
 
 
-def _listen(exponents: Tensor, values: Tensor) -> Tensor:
+def _weighted_mean(exponents: Tensor, values: Tensor) -> Tensor:
     """Average the values (M, C) with the weights 2^exponents (N, M), whose largest in each row is 1: (N, C)."""
     weights = exponents.clamp_min_(-100).exp2_()  # subnormal numbers would take processors far longer
     return (weights.to(values.dtype) @ values) / weights.sum(dim=1, keepdim=True)
@@ -287,7 +287,7 @@ class TransformerLayer(nn.Module):
 
     def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
         """Return the new states of both images' points."""
-        if self.compiled is not None and self.compiled.dtype == self.dtype and compiled.takes(points0.x):
+        if self.compiled is not None and self.compiled.dtype == self.dtype and compiled.may_process(points0.x):
             # A layer compiled for bfloat16 may temporarily be in float32, so the types are compared.
             return self.compiled(points0, points1)
         alike = points0.x.shape == points1.x.shape and (points0.mask is None) == (points1.mask is None)
@@ -366,7 +366,7 @@ class MatchAssignment(nn.Module):
     def mutual_matches(self, points0: Points, points1: Points, threshold: float) -> Assignment:
         """The matches of B pairs of images, N0 and N1 at least 1, whose scores exceed a threshold."""
         masked = points0.mask is not None or points1.mask is not None
-        usable = self.compiled is not None and compiled.has_vectors() and compiled.takes(points0.x)
+        usable = self.compiled is not None and compiled.has_vectors() and compiled.may_process(points0.x)
         if masked or self.compiled is None or not usable:
             return mutual_matches(self(points0, points1), torch.exp, threshold)
         parts = self._similarity(points0, points1), self._certainty(points0), self._certainty(points1)

@@ -49,8 +49,8 @@ class NearestNeighbour(nn.Module):
             similarity = F.pad(similarity, (0, 1), value=_PADDED)
         best = similarity.topk(2, dim=-1).values
         distance = (2 - 2 * best.clamp(-1, 1)).sqrt()  # between unit vectors
-        alone = best[..., 1] == _PADDED  # without a second nearest descriptor the nearest one is unambiguous
-        return alone | (distance[..., 0] <= self.ratio_threshold * distance[..., 1])
+        unambiguous = best[..., 1] == _PADDED  # there is no second nearest descriptor
+        return unambiguous | (distance[..., 0] <= self.ratio_threshold * distance[..., 1])
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

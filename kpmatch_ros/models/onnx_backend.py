@@ -14,7 +14,7 @@ from kpmatch_ros.models.assignment import Assignment, ImageFeatures, common_mask
 from kpmatch_ros.models.export import check_exportable, export_extractor, export_matcher
 from kpmatch_ros.models.export_check import Session
 from kpmatch_ros.models.lightglue import LightGlue
-from kpmatch_ros.models.onnx_providers import ON_PROCESSOR, Wish, in_range
+from kpmatch_ros.models.onnx_providers import ON_PROCESSOR, RequestedProviders, in_range
 from kpmatch_ros.models.superglue import SuperGlue
 from kpmatch_ros.models.superpoint import CELL, SuperPoint
 
@@ -31,10 +31,10 @@ class OnnxBackend:
     Args:
         extractor: a SuperPoint.
         matcher: a LightGlue or SuperGlue.
-        wish: the requested execution providers.
+        requested: the requested execution providers.
 
     Attributes:
-        providers: the providers in use, by their names in :class:`Wish`, in order of preference.
+        providers: the providers in use, by their names in :class:`RequestedProviders`, in order of preference.
         note: one sentence about requested providers that are missing; empty if none is.
 
     Raises:
@@ -42,7 +42,7 @@ class OnnxBackend:
             of the requested providers.
     """
 
-    def __init__(self, extractor: nn.Module, matcher: nn.Module, wish: Wish = ON_PROCESSOR) -> None:
+    def __init__(self, extractor: nn.Module, matcher: nn.Module, requested: RequestedProviders = ON_PROCESSOR) -> None:
         check_exportable(extractor, matcher)
         assert isinstance(extractor, SuperPoint) and isinstance(matcher, (LightGlue, SuperGlue))
         # The threshold may change while the node runs, so it is not part of the graph.
@@ -51,11 +51,11 @@ class OnnxBackend:
         size, keypoints = _TRACED
         with tempfile.TemporaryDirectory(prefix="kpmatch_onnx_") as folder:
             files = Path(folder, "extractor.onnx"), Path(folder, "matcher.onnx")
-            self._dense = Session(files[0], export_extractor(extractor, files[0], size, dynamic=True), wish)
-            self._match = Session(files[1], export_matcher(every_match, files[1], keypoints, dynamic=True), wish)
-        self._made_of = extractor, matcher, wish
+            self._dense = Session(files[0], export_extractor(extractor, files[0], size, dynamic=True), requested)
+            self._match = Session(files[1], export_matcher(every_match, files[1], keypoints, dynamic=True), requested)
+        self._made_of = extractor, matcher, requested
         self.providers = self._match.providers
-        self.note = wish.explain(self.providers)
+        self.note = requested.explain(self.providers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OnnxBackend, self._made_of  # a copy exports its graphs again: ONNX Runtime's sessions cannot be copied
@@ -64,18 +64,18 @@ class OnnxBackend:
         """Return ``network(*inputs)``, for one of the two networks or for another network with the same weights."""
         if isinstance(network, SuperPoint):
             image, *allowed = inputs
-            if min(image.shape[2:]) < CELL or not self._takes(B=len(image), H=image.shape[2], W=image.shape[3]):
+            if min(image.shape[2:]) < CELL or not self._accepts(B=len(image), H=image.shape[2], W=image.shape[3]):
                 return network(*inputs)
             scores, descriptors = self._dense(image)
             return network.select(scores, descriptors, *allowed)
         assert isinstance(network, (LightGlue, SuperGlue))
         layers = network.transformer_layers if isinstance(network, LightGlue) else network.gnn.layers
         image0, image1 = inputs
-        if not self._takes(B=len(image0.keypoints), N0=image0.num_keypoints, N1=image1.num_keypoints):
+        if not self._accepts(B=len(image0.keypoints), N0=image0.num_keypoints, N1=image1.num_keypoints):
             return network(*inputs)
         return self._assignment(image0, image1, network.filter_threshold, len(layers))
 
-    def _takes(self, **numbers: int) -> bool:
+    def _accepts(self, **numbers: int) -> bool:
         """Whether the graphs accept inputs of this size; otherwise PyTorch runs the network."""
         return "tensorrt" not in self.providers or in_range(**numbers)
 
@@ -88,7 +88,7 @@ class OnnxBackend:
         for image, mask in zip((image0, image1), common_masks(image0, image1)):
             real = torch.ones_like(image.keypoints[..., 0], dtype=torch.bool) if mask is None else mask
             inputs += [image.keypoints, image.descriptors, real, image.size]
-            if self._match.takes("detection_scores0"):
+            if self._match.has_input("detection_scores0"):
                 assert image.scores is not None
                 inputs.append(image.scores)
         matches0, matches1, scores0, scores1 = self._match(*inputs)

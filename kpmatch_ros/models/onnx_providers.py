@@ -14,7 +14,7 @@ from typing import Any
 from kpmatch_ros.models.export import ExportError, Graph
 from kpmatch_ros.weights import cache_folder
 
-__all__ = ["ON_PROCESSOR", "PROVIDERS", "Wish", "in_range"]
+__all__ = ["ON_PROCESSOR", "PROVIDERS", "RequestedProviders", "in_range"]
 
 PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
@@ -29,7 +29,7 @@ _RANGES = {"B": (1, 1, 2), "H": (64, 480, 1088), "W": (64, 640, 1920), "N0": (1,
 
 
 @dataclass(frozen=True)
-class Wish:
+class RequestedProviders:
     """The requested providers.
 
     Attributes:
@@ -80,8 +80,9 @@ class Wish:
             return ""
         built_in = onnxruntime.get_available_providers()
         why = [f"{name} ({'did not start' if PROVIDERS[name] in built_in else 'not built in'})" for name in missing]
-        instead = ", in float32: float16 is for tensorrt alone" if self.half and "tensorrt" in missing else ""
-        return f"onnxruntime {onnxruntime.__version__} is without {', '.join(why)}; it runs on {started[0]}{instead}"
+        instead = ", in float32, because only tensorrt supports float16" if self.half and "tensorrt" in missing else ""
+        version = onnxruntime.__version__
+        return f"onnxruntime {version} lacks the providers {', '.join(why)}; it runs on {started[0]}{instead}"
 
     def _options(self, name: str, file: Path, graph: Graph) -> dict[str, Any]:
         if name == "openvino":
@@ -105,7 +106,7 @@ class Wish:
         }
 
 
-ON_PROCESSOR = Wish()
+ON_PROCESSOR = RequestedProviders()
 
 
 def _shapes(graph: Graph, which: int) -> str:

@@ -143,7 +143,7 @@ class SuperGlue(PretrainedNetwork):
             raise WeightsError(f"SuperGlue cannot split {size} channels into {heads} heads")
         unknown = sorted(set(types) - {"self", "cross"})
         if unknown:
-            raise WeightsError(f"SuperGlue knows the layers self and cross, not {', '.join(map(str, unknown))}")
+            raise WeightsError(f"SuperGlue supports the layer types self and cross, not {', '.join(map(str, unknown))}")
         self.keypoint_encoder = KeypointEncoder(list(self.config["keypoint_encoder_sizes"]), size)
         self.gnn = GraphNetwork(size, heads, types)
         self.final_projection = nn.ModuleDict({"final_proj": nn.Linear(size, size)})

@@ -20,8 +20,8 @@ from kpmatch_ros.models.compiled import (
     CompiledConvolutions,
     has_tiles,
     image_parts,
+    may_process,
     pixel_scores,
-    takes,
     transforms,
 )
 from kpmatch_ros.models.detections import (
@@ -36,7 +36,7 @@ from kpmatch_ros.models.detections import (
     vector,
     within_border,
 )
-from kpmatch_ros.models.transformed import takes_transform
+from kpmatch_ros.models.transformed import uses_transform
 
 __all__ = ["SuperPoint"]
 
@@ -128,7 +128,7 @@ def compiled_convolution(conv: nn.Conv2d, dtype: torch.dtype) -> CompiledConvolu
 
 def is_usable(compiled: CompiledConvolutions | None, conv: nn.Conv2d, x: Tensor) -> TypeGuard[CompiledConvolutions]:
     """Whether a compiled convolution may process x: the network's precision may have changed since compilation."""
-    return compiled is not None and compiled.dtype == conv.weight.dtype and takes(x)
+    return compiled is not None and compiled.dtype == conv.weight.dtype and may_process(x)
 
 
 def in_parts(image: Tensor) -> Tensor:
@@ -389,7 +389,7 @@ class SuperPoint(Extractor):
         scores = self.keypoint_decoder(features)
         # On a processor it is faster to compute descriptors only for the cells around a few hundred keypoints than for
         # the whole map, unless the map is computed with the Winograd transform.
-        transformed = takes_transform(self.descriptor_decoder.conv_descriptor_a, features)
+        transformed = uses_transform(self.descriptor_decoder.conv_descriptor_a, features)
         if image.device.type != "cpu" or self.training or transformed:
             return self.select(scores, self.descriptor_decoder(features), allowed)
         keypoints, best, mask = self._detect(scores, allowed)

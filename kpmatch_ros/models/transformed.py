@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TransformedConv2d", "can_transform", "takes_transform", "transform_convolutions"]
+__all__ = ["TransformedConv2d", "can_transform", "transform_convolutions", "uses_transform"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -53,7 +53,7 @@ class TransformedConv2d(nn.Conv2d):
         return made.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        if _CONVOLVE is None or not takes_transform(self, input):
+        if _CONVOLVE is None or not uses_transform(self, input):
             return super().forward(input)
         return _CONVOLVE(input, self.weight, self.bias, self.padding, self.stride)
 
@@ -63,7 +63,7 @@ def can_transform() -> bool:
     return _CONVOLVE is not None
 
 
-def takes_transform(conv: nn.Conv2d, x: Tensor) -> bool:
+def uses_transform(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a convolution of x is computed with the transform."""
     is_small = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= MOST_NUMBERS
     return isinstance(conv, TransformedConv2d) and conv.transformed and is_small

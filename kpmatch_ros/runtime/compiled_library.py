@@ -33,9 +33,9 @@ def open_library(
                 function = getattr(library, name)
                 function.restype, function.argtypes = result, arguments
             return library
-        problem = f"has version {found}, not {version}: build the package again"
+        problem = f"has version {found}, not {version}: rebuild the package"
     except (OSError, AttributeError) as error:
         # For a library of another processor, the operating system reports that there is no such file.
-        problem = f"cannot be loaded on {platform.machine()}: {error}. Build the package again"
-    warnings.warn(f"{path} {problem}. {instead} does its work", RuntimeWarning, stacklevel=3)
+        problem = f"cannot be loaded on {platform.machine()}: {error}. Rebuild the package"
+    warnings.warn(f"{path} {problem}. {instead} is used instead", RuntimeWarning, stacklevel=3)
     return None

@@ -98,8 +98,8 @@ def explain(error: ImportError) -> str:
     said = " ".join(str(error).split())[:200]
     remedy = how_to_get(error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     if remedy:
-        return f"{said} ({sys.executable}): {remedy}; kpmatch doctor says more"
-    return f"{said} ({sys.executable}); kpmatch doctor says what to do"
+        return f"{said} ({sys.executable}): {remedy}; kpmatch doctor shows more"
+    return f"{said} ({sys.executable}); kpmatch doctor shows what to do"
 
 
 def numpy_clash(module: str) -> str:
@@ -113,7 +113,9 @@ def numpy_clash(module: str) -> str:
     """
     hidden = in_environment() and _is_inside("numpy") and _place("numpy", _system_folders()) is not None
     if hidden and _place(module, sys.path) is not None and not _is_inside(module):
-        return f"{sys.executable} -m pip uninstall numpy: it hides the system's, which the system's {module} needs"
+        return (
+            f"{sys.executable} -m pip uninstall numpy: it hides the system's NumPy, which the system's {module} needs"
+        )
     return ""
 
 

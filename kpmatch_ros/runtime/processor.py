@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BFLOAT16", "has_amx", "hidden_features", "processor_features", "processor_name"]
+__all__ = ["BFLOAT16", "disabled_features", "has_amx", "processor_features", "processor_name"]
 
 BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """A processor with any of these instruction sets computes in bfloat16."""
@@ -22,10 +22,10 @@ def processor_features() -> frozenset[str]:
 
     They are those that PyTorch uses. The environment variable ``ATEN_CPU_CAPABILITY`` limits them.
     """
-    return _all_features() - hidden_features()
+    return _all_features() - disabled_features()
 
 
-def hidden_features() -> frozenset[str]:
+def disabled_features() -> frozenset[str]:
     """The instruction sets that the processor has but PyTorch does not use, named as in :func:`processor_features`."""
     beyond = _BEYOND.get(torch.backends.cpu.get_cpu_capability(), ())
     return frozenset(name for name in _all_features() if name.startswith(beyond))

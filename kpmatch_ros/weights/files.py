@@ -38,11 +38,11 @@ def resolve(source: str | Path) -> Path:
         there = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a NUL character
         reason = error.strerror if isinstance(error, OSError) else error
-        raise WeightsError(f"no weights are called {str(source)!r:.80}, and it is no path: {reason}") from error
+        raise WeightsError(f"no weights are called {str(source)!r:.80}, and it is not a path: {reason}") from error
     if not there:
         find(str(source))
     elif not (path.is_file() or path.is_dir()):
-        raise WeightsError(f"{path} is neither a file nor a folder, but a FIFO, a device or the like: name a file")
+        raise WeightsError(f"{path} is neither a file nor a folder (perhaps a FIFO or a device): name a file")
     return path
 
 
@@ -80,7 +80,7 @@ def presence(item: Weights) -> Presence:
         except OSError as error:
             return _unreadable(each, error, remedy)
         if not regular:
-            return Presence("UNREADABLE", f"{each} is no regular file", f"remove it, then {remedy}")
+            return Presence("UNREADABLE", f"{each} is not a regular file", f"remove it, then {remedy}")
     try:
         fault = _fault(item, file)
     except OSError as error:
@@ -113,7 +113,7 @@ def _fault(item: Weights, file: Path) -> str:
         with safe_open(file, "numpy"):  # it compares the file's length with the header
             pass
     except SafetensorError as error:
-        return f"{file} is damaged or cut short ({error})"
+        return f"{file} is damaged or truncated ({error})"
     return ""
 
 

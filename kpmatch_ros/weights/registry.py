@@ -144,8 +144,8 @@ REGISTRY: dict[str, Weights] = _registered(
     Weights(
         "superpoint-open",
         "superpoint",
-        origin="trained for this package on CC BY and CC0 pictures and rooms, after it had learnt from ALIKED-n16 "
-        "(BSD-3-Clause)",
+        origin="trained for this package on CC BY and CC0 pictures and rooms, starting from weights trained with "
+        "ALIKED-n16 (BSD-3-Clause) as teacher",
         **_OPEN_PAIR,
     ),
     Weights(
@@ -153,7 +153,7 @@ REGISTRY: dict[str, Weights] = _registered(
         "lightglue",
         extractor="superpoint-open",
         others=("superpoint-open-fast",),
-        origin="ALIKED's LightGlue (Apache-2.0), trained on for this package with superpoint-open's features",
+        origin="ALIKED's LightGlue (Apache-2.0), fine-tuned for this package with superpoint-open's features",
         **_OPEN_PAIR,
     ),
     Weights(
@@ -168,14 +168,14 @@ REGISTRY: dict[str, Weights] = _registered(
     Weights(
         "superpoint-open-fast",
         "superpoint",
-        origin="a small network taught by superpoint-open on CC BY and CC0 pictures and rooms, for robots",
+        origin="a small network distilled from superpoint-open on CC BY and CC0 pictures and rooms, for robots",
         **_FAST_PAIR,
     ),
     Weights(
         "lightglue-superpoint-open-fast",
         "lightglue",
         extractor="superpoint-open-fast",
-        origin="lightglue-superpoint-open in half as many channels, taught by it with superpoint-open-fast's features",
+        origin="lightglue-superpoint-open, distilled to half as many channels with superpoint-open-fast's features",
         **_FAST_PAIR,
     ),
     _wheel(
@@ -223,21 +223,21 @@ REGISTRY: dict[str, Weights] = _registered(
     ),
     _hub(
         "magic-leap-community/superglue_indoor", "superglue", **_SUPERGLUE,
-        origin="the authors of SuperGlue (Magic Leap), trained on ScanNet; SuperPoint beside it",
+        origin="the authors of SuperGlue (Magic Leap), trained on ScanNet; includes SuperPoint",
     ),
     _hub(
         "magic-leap-community/superglue_outdoor", "superglue", **_SUPERGLUE,
-        origin="the authors of SuperGlue (Magic Leap), trained on MegaDepth; SuperPoint beside it",
+        origin="the authors of SuperGlue (Magic Leap), trained on MegaDepth; includes SuperPoint",
     ),
     _hub(
         "ETH-CVG/lightglue_superpoint", "lightglue", size=55_000_000,
-        licence=f"Apache-2.0; of its SuperPoint {_MAGIC_LEAP}", commercial=False,
-        origin="the authors of LightGlue (cvg/LightGlue), made for Magic Leap's SuperPoint, which lies beside it",
+        licence=f"Apache-2.0; its SuperPoint: {_MAGIC_LEAP}", commercial=False,
+        origin="the authors of LightGlue (cvg/LightGlue), made for Magic Leap's SuperPoint; includes it",
         extractor="magic-leap-community/superpoint", detector="superpoint",
     ),
     _hub(
         "ETH-CVG/lightglue_disk", "lightglue", size=54_300_000, licence="Apache-2.0", commercial=True,
-        origin="the authors of LightGlue (cvg/LightGlue); DISK beside it", extractor="disk", detector="disk",
+        origin="the authors of LightGlue (cvg/LightGlue); includes DISK", extractor="disk", detector="disk",
     ),
 )  # fmt: skip
 

