@@ -80,7 +80,6 @@ class FeatureMatcher:
         self.device, self.dtype = choose_runtime(self.parameters)
         self.luma = torch.tensor(_LUMA, dtype=torch.float32, device=self.device)
         self.graphs = CudaGraphs.for_device(self.device)
-        weights.check_pair(self.parameters.matcher, self.parameters.extractor)  # before the user fetches one in vain
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
         self.onnx = self._load_onnx() if self.parameters.backend == "onnxruntime" else None
@@ -379,7 +378,9 @@ class FeatureMatcher:
 
     def _load_extractor(self) -> Extractor:
         name = self.parameters.extractor
-        extractor = _EXTRACTORS[network_type(name, _EXTRACTORS)].from_pretrained(name)
+        network = _EXTRACTORS[network_type(name, _EXTRACTORS)]
+        weights.check_pair(self.parameters.matcher, name)  # before the user fetches weights that do not fit
+        extractor = network.from_pretrained(name)
         if isinstance(extractor, SuperPoint) and self.device.type == "cpu":
             extractor.use_compiled(self.dtype)
         loaded: Extractor = self._to_precision(extractor.to(self.device))
