@@ -336,7 +336,7 @@ int32_t kpmatch_minimise(int32_t model, int64_t count, const double *columns, do
                 return 0;
             for (int k = 0; k < size; k++)
                 promised -= loss.gradient[k] * step[k];
-            if (promised < 2 * settled * loss.cost)
+            if (promised < settled * loss.cost)
                 return 1;
             trial = *found;
             move(&trial, size, step);

@@ -18,7 +18,7 @@ __all__ = ["SEARCH_THRESHOLD", "SETTLED", "Fit", "FramePair", "Start", "normal_e
 SEARCH_THRESHOLD = 3.0
 """Threshold of the search, in inlier thresholds: a point of uncertain depth may be projected this far off."""
 
-_ROUGHLY, SETTLED = 1e-3, 1e-6  # twice the expected relative decrease of the cost below which the minimisation ends
+_ROUGHLY, SETTLED = 1e-3, 1e-6  # expected relative decrease of the cost below which the minimisation ends
 
 _MEDIANS = np.array([1.0, 0.4549, 1.3863, 2.3660, 3.3567, 4.3515])  # of chi-square, for 0 (unused) to 5 conditions
 _TUKEY_STEP = 4.0  # variances: each condition after the first adds this to the squared cutoff, TUKEY**2

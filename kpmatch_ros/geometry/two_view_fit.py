@@ -28,8 +28,8 @@ _LARGEST_VARIANCE = math.pi**2  # of an unknown angle
 _SQUARE = 32  # pixels: closer matches share errors, because a patch has a side of 13 pixels
 _EQUAL_ERRORS_WEIGHT = 20  # squares: weight of the covariance under equal and independent errors
 
-SETTLED = 5e-7
-"""Relative decrease of the cost below which the minimisation ends."""
+SETTLED = 1e-6
+"""Expected relative decrease of the cost below which the minimisation ends."""
 
 
 class Noise(NamedTuple):
@@ -84,7 +84,7 @@ def minimise(
         diagonal = hessian.diagonal() + 1e-9 * hessian.trace() + TINY
         for _ in range(6):
             step = np.linalg.solve(hessian + np.diag(damping * diagonal), -gradient)
-            if -gradient @ step < 2 * settled * cost:
+            if -gradient @ step < settled * cost:
                 return motion
             trial = motion.moved(step)
             trial_residuals, trial_jacobian = differentiate(model, matches, trial)

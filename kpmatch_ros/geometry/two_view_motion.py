@@ -48,7 +48,7 @@ _IN_FRONT = 0.5  # part of the matches: a motion that places fewer of them in fr
 
 _SINGULAR = 1e-15  # relative to the largest eigenvalue
 
-_ROUGHLY = 1e-3  # relative change of the cost, for fits that are refined later
+_ROUGHLY = 2e-3  # relative decrease of the cost, for fits that are refined later
 
 
 class Fit(NamedTuple):

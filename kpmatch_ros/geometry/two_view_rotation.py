@@ -77,8 +77,8 @@ _NARROWER = (2.0, 1.0, 0.5)
 
 _NO_CUTOFF = 1e9  # pixels: a cutoff beyond all residuals
 
-_VERY_ROUGHLY = 1e-2  # relative change of the cost, for fits that are refined later
-_NEARLY = 1e-5  # relative change of the cost, small enough for a test
+_VERY_ROUGHLY = 2e-2  # relative decrease of the cost, for fits that are refined later
+_NEARLY = 2e-5  # relative decrease of the cost, small enough for a test
 
 
 class Parallax(enum.Enum):
