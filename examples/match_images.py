@@ -13,7 +13,7 @@ def main(path0: str, path1: str) -> None:
     """Print the five best matches."""
     image0, image1 = (cv2.imread(path, cv2.IMREAD_GRAYSCALE) for path in (path0, path1))
     if image0 is None or image1 is None:
-        sys.exit(f"{path0 if image0 is None else path1} is no image that OpenCV reads")
+        sys.exit(f"{path0 if image0 is None else path1} is not an image that OpenCV can read")
     matcher = FeatureMatcher(max_keypoints=1024)
     features0, features1 = matcher.extract(image0).numpy(), matcher.extract(image1).numpy()
     matches = matcher.match(features0, features1).numpy()

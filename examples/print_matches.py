@@ -25,13 +25,13 @@ class MatchPrinter(Node):
     def _on_matches(self, message: MatchArray) -> None:
         # The array is empty if inliers are not known, for example without calibration.
         inliers = f"{np.count_nonzero(message.inliers)} inliers" if message.inliers else "inliers unknown"
-        print(f"{len(message.scores)} matches, {inliers}, tracks begin again: {message.reset}")
+        print(f"{len(message.scores)} matches, {inliers}, tracks restart: {message.reset}")
 
     def _on_pose(self, message: RelativePose) -> None:
         position = message.pose.pose.position
         if message.status in (RelativePose.OK, RelativePose.AMBIGUOUS):
             unit = " m" if message.metric else ""
-            doubt = ", or by another motion" if message.status == RelativePose.AMBIGUOUS else ""
+            doubt = ", ambiguous" if message.status == RelativePose.AMBIGUOUS else ""
             print(f"moved ({position.x:.3f}, {position.y:.3f}, {position.z:.3f}){unit}{doubt}")
         else:
             print(f"no translation: {PoseStatus(message.status).name}")

@@ -138,10 +138,10 @@ def write_demo_bag(
 def main() -> None:
     """Write the bag of `kpmatch demo`, or one like it."""
     parser = argparse.ArgumentParser(prog="python -m simulation.bags", description=main.__doc__)
-    parser.add_argument("bag", type=Path, help="folder to write; a bag there is replaced")
+    parser.add_argument("bag", type=Path, help="folder to write; an existing bag there is replaced")
     parser.add_argument("--frames", type=int, default=12, help="images of each camera (default 12)")
-    parser.add_argument("--baseline", type=float, help="metres; makes a stereo pair")
-    parser.add_argument("--raw", action="store_true", help="images without compression")
+    parser.add_argument("--baseline", type=float, help="of a stereo pair, metres (default: one camera)")
+    parser.add_argument("--raw", action="store_true", help="write uncompressed images")
     options = parser.parse_args()
     compressed: Literal["", "jpeg"] = "" if options.raw else "jpeg"
     write_demo_bag(

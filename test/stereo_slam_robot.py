@@ -108,7 +108,7 @@ def main(folder: Path) -> None:
             last = 10 + 0.1 * frame
             node.wait_for(lambda: abs(seconds(paths[-1].poses[-1].header.stamp) - last) < 0.01, "the whole path")
             node.wait_for(lambda: abs(seconds(transforms[-1].header.stamp) - last) < 0.01, "TF of every frame")
-            node.wait_for(lambda: "a loop: frame" in log.read_text(), "a loop")
+            node.wait_for(lambda: "loop closed: frame" in log.read_text(), "a loop")
         finally:
             slam.send_signal(signal.SIGINT)
             slam.wait(timeout=30)

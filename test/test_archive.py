@@ -106,7 +106,7 @@ def test_a_bag_that_is_done_is_not_done_again_and_one_that_is_mended_is(
     shutil.rmtree(bags / "cut")
     write_camera_bag(bags / "cut", views[:3], stamps(3), demo_camera(*SIZE))
     status, printed, _ = run(bags, out, *QUICK)
-    assert status == 0 and "3 done (2 of them before), 1 broken" in printed
+    assert status == 0 and "3 done (2 of them in an earlier run), 1 broken" in printed
     second = table(out)
     assert second["cut"]["state"] == "done" and not (out / ".unfinished").exists()
     for name in ("c.mcap", "monday/a"):
@@ -116,7 +116,7 @@ def test_a_bag_that_is_done_is_not_done_again_and_one_that_is_mended_is(
 def test_a_run_does_not_go_on_with_other_settings(run: Run, bags: Path, tmp_path: Path) -> None:
     assert run(bags, tmp_path / "out", *QUICK)[0] == 0
     status, _, error = run(bags, tmp_path / "out", *QUICK, "--border", 9)
-    assert status == 2 and "was begun with border -1, now it is 9" in error and len(error.splitlines()) == 1
+    assert status == 2 and "was started with border -1, but now it is 9" in error and len(error.splitlines()) == 1
     assert run(bags, tmp_path / "out", *QUICK, "--threads", 1)[0] == 0  # the number of threads affects only rounding
 
 
@@ -129,7 +129,7 @@ def test_parameters_that_lie_where_a_table_goes_are_not_overwritten(
     file.write_text("/**:\n  ros__parameters:\n    max_keypoints: 50\n")
     before = file.read_bytes()
     status, _, error = run(bags, file.parent, *QUICK, "--params", file)
-    assert status == 2 and f"{file}: belongs to what is read" in error and len(error.splitlines()) == 1
+    assert status == 2 and f"{file}: belongs to the input" in error and len(error.splitlines()) == 1
     assert file.read_bytes() == before
 
 
@@ -139,7 +139,7 @@ def test_what_kpmatch_archive_did_not_write_is_not_overwritten(run: Run, bags: P
     file.parent.mkdir()
     file.write_text('{"my": "list"}')
     status, _, error = run(bags, file.parent, *QUICK)
-    assert status == 2 and f"{file}: is not what kpmatch archive wrote" in error and len(error.splitlines()) == 1
+    assert status == 2 and f"{file}: was not written by kpmatch archive" in error and len(error.splitlines()) == 1
     assert file.read_text() == '{"my": "list"}'
 
 
@@ -230,13 +230,16 @@ def test_a_name_too_long_for_what_is_written_costs_no_other_bag(run: Run, bags: 
     ("words", "said"),
     [
         (["{in}/none", "{out}"], "there is no such folder"),
-        (["{in}/monday/a", "{out}"], "is one bag, not a folder"),
+        (["{in}/monday/a", "{out}"], "is a single bag, not a folder"),
         (["{in}/empty", "{out}"], "there is no bag in it"),
         (["{in}", "{in}/out"], "would be read too"),
         (["{in}", "{out}", "--gpus-per-bag", "1"], "give --ray too"),
-        (["{in}", "{out}", "--ray", "local", "--cpus-per-bag", "0"], "Ray would begin all bags at once"),
-        (["{in}", "{out}", "--ray", "local", "--cpus-per-bag", "1.5"], "is not a part of one, nor a whole number"),
-        (["{in}", "{out}", "--ray", "127.0.0.1:1"], "nothing answers there"),
+        (["{in}", "{out}", "--ray", "local", "--cpus-per-bag", "0"], "Ray would start all bags at once"),
+        (
+            ["{in}", "{out}", "--ray", "local", "--cpus-per-bag", "1.5"],
+            "is neither a fraction from 0 to 1 nor a whole number",
+        ),
+        (["{in}", "{out}", "--ray", "127.0.0.1:1"], "nothing answers at this address"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
@@ -371,7 +374,7 @@ def test_a_full_disk_is_no_fault_of_the_bags(
     assert "2 of 3 bags are not done yet" in errors
     assert (out / "a" / "metadata.yaml").exists() and not (out / "b").exists() and list(table(out)) == ["a"]
     monkeypatch.setattr(BagWriter, "write", write)
-    assert "3 done (1 of them before)\n" in run(tmp_path / "in", out, *QUICK)[1]
+    assert "3 done (1 of them in an earlier run)\n" in run(tmp_path / "in", out, *QUICK)[1]
 
 
 class Full:
@@ -406,7 +409,7 @@ def test_no_result_comes_to_stand_among_the_recordings(
         write_camera_bag(folder / name, views[:3], stamps(3), demo_camera(*SIZE))
     status, printed, error = run(folder, tmp_path, *QUICK)
     assert (status, printed, error.count("\n")) == (2, "", 1)
-    assert f"{folder / 'day' / 'drive'}: would become {folder / 'drive'}, below {folder}" in error
+    assert f"{folder / 'day' / 'drive'}: would be written to {folder / 'drive'}, below {folder}" in error
     assert "remove" not in error
 
 
@@ -423,7 +426,7 @@ def test_a_link_to_another_disk_in_the_place_of_results_costs_no_other_bag(
         assert status == 2 and "1 of 4 bags failed" in errors
         rows = table(out)
         assert (rows["c.mcap"]["state"], rows["monday/a"]["state"]) == ("done", "failed")
-        assert f"{out / 'monday' / 'a'}: cannot be moved there" in rows["monday/a"]["message"]
+        assert f"{out / 'monday' / 'a'}: the result cannot be moved there" in rows["monday/a"]["message"]
         assert not list(Path(elsewhere).iterdir())
 
 
@@ -437,7 +440,7 @@ def test_a_mask_that_was_changed_is_another_setting(
     mask[:20] = 0
     cv2.imwrite(str(tmp_path / "mask.png"), mask)
     status, _, error = run(*words)
-    assert status == 2 and "was begun with content of mask '" in error and error.count("\n") == 1
+    assert status == 2 and "was started with content of mask '" in error and error.count("\n") == 1
 
 
 def test_a_name_that_is_not_utf_8_costs_no_result(

@@ -61,7 +61,7 @@ def test_results_of_another_bag_of_that_name_are_not_taken_for_this_ones(
     assert status == 2 and f"{tmp_path / 'out' / 'drive'}: was made from another bag than {tmp_path / 'two'}" in errors
     assert table(tmp_path / "out")["drive"]["state"] == "failed"
     (tmp_path / "one").rename(tmp_path / "moved")  # a moved bag is the same bag
-    assert "1 done (1 of them before)" in run(tmp_path / "moved", tmp_path / "out", *QUICK)[1]
+    assert "1 done (1 of them in an earlier run)" in run(tmp_path / "moved", tmp_path / "out", *QUICK)[1]
     shutil.rmtree(tmp_path / "out" / "drive")
     assert run(tmp_path / "two", tmp_path / "out", *QUICK)[0] == 0
     assert table(tmp_path / "out")["drive"]["frames"] == "5"
@@ -203,7 +203,7 @@ def test_a_bag_that_kills_its_process_is_done_last_and_passed_over_after_four_at
         assert (out / "good").exists() == (attempt > 0)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "1 of 2 bags failed" in done.stderr
-    assert f"{tmp_path / 'in' / 'deadly'}: is passed over, because 4 processes died" in done.stderr
+    assert f"{tmp_path / 'in' / 'deadly'}: is skipped, because 4 processes died" in done.stderr
     assert {name: row["state"] for name, row in table(out).items()} == {"deadly": "failed", "good": "done"}
     assert run(tmp_path / "in", out, *QUICK)[0] == 0  # with enough memory
     assert table(out)["deadly"]["state"] == "done" and not (out / ".attempts").exists()
@@ -260,4 +260,4 @@ def test_parameters_that_decide_nothing_may_change_between_runs(
     lines = ("queue: all", "autostart: false", "bond_heartbeat_period: 1.0", "image_transport: compressed")
     parameters.write_text("/**:\n  ros__parameters:\n" + "".join(f"    {line}\n" for line in lines))
     status, printed, errors = run(tmp_path / "in", tmp_path / "out", *QUICK, "--params", parameters)
-    assert status == 0 and "1 done (1 of them before)" in printed, errors
+    assert status == 0 and "1 done (1 of them in an earlier run)" in printed, errors

@@ -101,7 +101,7 @@ def test_poses_and_report_lie_in_each_bags_folder(run: Run, views: list[NDArray[
         assert "Matches of " in (out / name / "report.html").read_text()
         assert set(by_topic(out / name)) == {"/matches", "/relative_pose"}
     status, _, error = run(tmp_path / "in", out, *QUICK, "--poses")
-    assert status == 2 and "was begun with report True, now it is False" in error
+    assert status == 2 and "was started with report True, but now it is False" in error
 
 
 def test_what_each_bag_would_be_refused_for_is_said_once(
@@ -110,7 +110,7 @@ def test_what_each_bag_would_be_refused_for_is_said_once(
     for name in ("a", "b"):
         write_camera_bag(tmp_path / "in" / name, views[:3], stamps(3), demo_camera(*SIZE))
     status, _, error = run(tmp_path / "in", tmp_path / "out", *QUICK, "--landmarks")
-    assert status == 2 and "one camera knows no metres" in error and error.count("\n") == 1
+    assert status == 2 and "a single camera has no metric scale" in error and error.count("\n") == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, _, error = run(tmp_path / "in", tmp_path / "out", *QUICK, "--report")
     assert status == 2 and "pip install plotly" in error and error.count("\n") == 1

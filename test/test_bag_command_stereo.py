@@ -212,7 +212,7 @@ def test_a_calibration_that_does_not_fit_the_pair_is_named(run: Run, stereo_bag:
     altered(stereo_bag, tmp_path / "in", lambda _, record: None if record.topic == "/right/camera_info" else record)
     status, out, err = run(tmp_path / "in", tmp_path / "none", *STEREO, "--json")
     assert status == 0 and json.loads(out)["poses"] == {"NO_CALIBRATION": 4}
-    assert "no camera_info beside /right/image_rect, so no relative pose; --right-info names one" in err
+    assert "no camera_info beside /right/image_rect, so no relative pose; name one with --right-info" in err
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,11 @@ def test_a_lost_frame_breaks_no_chain_and_two_begin_another_odometry_frame(
     assert status == 0 and "the baseline is zero" in err
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     assert f"baseline {len(lost)}" in rows["camera_info"]
-    assert ("broken 1 time:" in rows.get("chain", "")) == ("begins again 1 time:" in out) == (len(lost) == 2)
+    assert (
+        ("broken 1 time:" in rows.get("chain", ""))
+        == ("restarted 1 time; each restart uses a new frame: odom_1" in out)
+        == (len(lost) == 2)
+    )
     found = by_topic(tmp_path / "out")
     frames = [header_stamp(record.message) for record in found["/stereo_matches"]]
     odometry = [(header_stamp(record.message), record.message.header.frame_id) for record in found["/odometry"]]
@@ -286,6 +290,6 @@ def test_where_left_and_right_cannot_be_told_the_user_is_asked(run: Run, tmp_pat
 def test_topics_of_the_other_mode_are_refused(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     line = refused(run(stereo_bag, target, "--left", "/left/image_rect", "--image", "/left/image_rect"))
-    assert "--image /left/image_rect: the mode is stereo, whose images are named with --left and --right" in line
+    assert "--image /left/image_rect: the mode is stereo; name its images with --left and --right" in line
     line = refused(run(stereo_bag, target, "--mode", "mono", "--left-info", "/left/camera_info"))
-    assert "--left-info /left/camera_info: the mode is mono, whose images are named with --image" in line
+    assert "--left-info /left/camera_info: the mode is mono; name its images with --image" in line

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kpmatch_ros.cli.bench import Request
-from kpmatch_ros.cli.bench_measure import forth_and_back, in_turn
+from kpmatch_ros.cli.bench_measure import alternated, back_and_forth
 from kpmatch_ros.cli.bench_report import Spread
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import ImageFeatures
@@ -67,7 +67,7 @@ def test_every_stage_of_every_setting_is_in_the_table_and_in_the_file(run: Run, 
     for column in ("extract", "match", "pose", "frames/s", "20/20", "64x64", "bfloat16"):
         assert column in out
     if matplotlib:
-        assert "keypoints in an image" in plot.read_text()
+        assert "keypoints per image" in plot.read_text()
 
 
 def test_images_without_a_keypoint_have_their_place_in_the_plot(
@@ -78,7 +78,7 @@ def test_images_without_a_keypoint_have_their_place_in_the_plot(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         status, _, err = run(*words, *SMALL, "--plot", tmp_path / "speed.svg")
-    assert (status, err) == (0, "") and "keypoints in an image" in (tmp_path / "speed.svg").read_text()
+    assert (status, err) == (0, "") and "keypoints per image" in (tmp_path / "speed.svg").read_text()
 
 
 def test_a_profile_chooses_what_is_measured_and_what_is_set_by_hand_wins(
@@ -133,7 +133,7 @@ def test_transformers_finds_the_same_matches_with_the_same_weights(
         assert 0 < one["wall_ratio"]["lower"] <= one["wall_ratio"]["median"] <= one["wall_ratio"]["upper"]
         assert one["cpu_ratio"]["median"] > 0
     assert row["resident_mb"] is None  # the value is not of this package alone
-    assert "theirs over ours" in out
+    assert "ratio of their time to ours" in out
 
 
 def test_the_authors_package_is_given_the_weights_under_its_names(
@@ -291,7 +291,7 @@ def test_beside_others_it_is_said_that_tracks_were_not_refined(
     status, out, _ = run(*words, "--json", tmp_path / "speed.json")
     assert status == 0
     table, below = out.split("upload is a part of extract")
-    assert "frames/s" in table and "refine was off, as others follow no tracks" in below
+    assert "frames/s" in table and "refine was off, because the others do not track points" in below
     (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert row["parameters"]["refine"] is False
 
@@ -320,10 +320,10 @@ def test_a_precision_that_a_device_lacks_is_left_out_of_several(
     ("words", "reason"),
     [
         (["--keypoints", "0"], "max_keypoints is 0; it must be 1 to 16384"),
-        (["--keypoints", "many"], "'many' is not a list of numbers with commas between them"),
+        (["--keypoints", "many"], "'many' is not a list of numbers separated by commas"),
         (["--sizes", "640"], "'640' is not a size such as 640x480"),
         (["--sizes", "64x64,4000x3000"], "images of 4000x3000 pixels are more than the 8.4 million"),
-        (["--sizes", "99999x99999"], "--sizes makes them smaller"),
+        (["--sizes", "99999x99999"], "choose a smaller size with --sizes"),
         (["--precision", "float8"], "precision is 'float8'; it must be one of"),
         (["--device", "cpu", "--precision", "float16"], "precision float16 needs a GPU"),
         (["--device", "cuda:99"], "device is 'cuda:99'"),
@@ -356,7 +356,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("words", "module", "reason"),
     [
-        (["--plot", "a.png"], "matplotlib", "--plot draws with matplotlib"),
+        (["--plot", "a.png"], "matplotlib", "--plot needs matplotlib"),
         (["--against", "transformers"], "benchmarks", "run it in a checkout of kpmatch_ros, as tools/with_ros kpmatch"),
         (["--against", "transformers"], "transformers", "pip install transformers"),
         (["--against", "lightglue"], "lightglue", "install it from github.com/cvg/LightGlue"),
@@ -376,7 +376,7 @@ def test_a_package_that_is_not_there_is_named_with_what_to_do(
 
 
 def test_one_peer_goes_first_as_often_as_the_other() -> None:
-    first = [in_turn(["ours", "theirs"], [1, 2], turn)[0] for turn in range(4)]
+    first = [alternated(["ours", "theirs"], [1, 2], turn)[0] for turn in range(4)]
     assert first == [("ours", 1), ("theirs", 2)] * 2
 
 
@@ -386,7 +386,7 @@ def test_the_spread_is_of_the_middle_half() -> None:
     assert Spread.of([7.0]) == Spread(7, 7, 7)
 
 
-def test_frames_go_forth_and_back_without_a_jump() -> None:
+def test_frames_go_back_and_forth_without_a_jump() -> None:
     film = [np.full((1, 1), i, np.uint8) for i in range(3)]
-    images = forth_and_back(film)
+    images = back_and_forth(film)
     assert [int(next(images)[0, 0]) for _ in range(8)] == [0, 1, 2, 1, 0, 1, 2, 1]

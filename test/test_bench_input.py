@@ -95,7 +95,7 @@ def test_every_image_is_brought_to_the_size_asked_for_or_else_to_that_of_the_fir
         tmp_path / "speed.json",
     ]
     for sizes, told in (
-        ([], "kpmatch bench: 2 of 3 images were brought to 96x80 pixels\n"),
+        ([], "kpmatch bench: 2 of 3 images were resized to 96x80 pixels\n"),
         (["--sizes", "96x80"], ""),
     ):
         status, _, err = run(*words, *sizes)
@@ -146,7 +146,7 @@ def test_what_is_measured_is_never_overwritten(
             place = file
         status, out, err = run(*words, *SMALL, option, place)
         assert (status, out, err.count("\n")) == (2, "", 1)
-        assert f"{option} {place}: belongs to what is read" in err
+        assert f"{option} {place}: belongs to the input" in err
         assert file.read_bytes() == content
         if links != "none":
             place.unlink()
@@ -168,7 +168,7 @@ def test_one_file_cannot_hold_the_figures_and_their_drawing(run: Run, pictures: 
     words = ["--images", pictures, *SMALL, "--json", tmp_path / "a.svg", "--plot", tmp_path / "link.svg"]
     status, out, err = run(*words)
     assert (status, out) == (2, "")
-    assert f"--plot {tmp_path / 'link.svg'}: cannot hold two things, and --json is written there" in err
+    assert f"--plot {tmp_path / 'link.svg'}: is also written by --json" in err
 
 
 def test_a_new_file_beside_the_weights_and_the_pictures_is_written_and_written_again(

@@ -98,7 +98,7 @@ def test_a_smeared_image_is_named(run: Run, pictures: tuple[Path, Path], tmp_pat
     cv2.imwrite(str(smeared), cv2.blur(cv2.imread(str(pictures[1])), (61, 1)))
     for images, name in (((pictures[0], smeared), "B"), ((smeared, pictures[0]), "A")):
         _, out, _ = run("match", *images, "--device", "cpu", *camera)
-        assert f"blur       {name}, over tens of pixels" in out
+        assert f"blur       {name}, by tens of pixels: its points cannot be located" in out
 
 
 def test_the_camera_of_b_and_the_lens_change_the_pose(run: Run, pictures: tuple[Path, Path]) -> None:
@@ -148,7 +148,7 @@ def test_an_image_is_never_drawn_over(
         words = ["--save", tmp_path / "nowhere" / ".." / own[number].name]
         (tmp_path / "nowhere").mkdir()
     line = refused(run("match", *own, "--matcher", "nearest", "--device", "cpu", *words))
-    assert f"belongs to what is read ({own[number]}); choose another name" in line
+    assert f"belongs to the input {own[number]}; choose another name" in line
     assert ("--save" in line) == (links == "none")
     assert own[number].read_bytes() == content
 
@@ -243,7 +243,7 @@ def encoded(image: np.ndarray, extension: str) -> bytes:
     ("name", "change", "said"),
     [
         ("empty.png", lambda data: b"", "is empty"),
-        ("note.png", lambda data: b"not a picture", "is no image"),
+        ("note.png", lambda data: b"not a picture", "is not an image"),
         ("half.png", lambda data: data[: len(data) // 2], "cut short"),
         ("end.png", lambda data: data[:-20], "cut short"),
         ("half.jpg", lambda data: data[: len(data) // 2], "cut short"),
@@ -273,7 +273,7 @@ def test_a_picture_whose_name_would_be_too_long_is_refused_before_the_work(
     run: Run, pictures: tuple[Path, Path], tmp_path: Path
 ) -> None:
     long = [shutil.copy(picture, tmp_path / f"{letter * 130}.png") for picture, letter in zip(pictures, "ab")]
-    assert "is too long for a file's name; name one with --save" in refused(run("match", *long))
+    assert "is too long for a file name; choose one with --save" in refused(run("match", *long))
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".bmp", ".webp", ".tif"])

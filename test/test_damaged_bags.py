@@ -83,8 +83,8 @@ def test_an_mcap_that_was_not_finished_is_read_up_to_its_last_whole_chunk(
     assert stamps == STAMPS[:count] == stamps_of(path)
     rest = last[1] - 10 - last[0]
     assert remarks == (
-        "drive.mcap: the recording was not finished, or was cut short; the last message that was read before is of "
-        f"1700000000.{count - 1}00000000 s; its last {rest} bytes, from byte {last[0]} on, hold no whole record"
+        "drive.mcap: the recording was not finished, or was cut short; the last message read before that is at "
+        f"1700000000.{count - 1}00000000 s; its last {rest} bytes, from byte {last[0]} on, hold no complete record"
     )
     assert bag_topics(path) == [Topic(TOPIC, IMAGE, count)]
     status, out, err = kpmatch("bag", path, tmp_path / "out", *QUICK)
@@ -100,7 +100,7 @@ def test_an_mcap_that_lacks_its_end_alone_is_read_whole(tmp_path: Path) -> None:
         for end, said in ((data[0], "was not finished"), (footer[0], index), (size - 1, index)):
             path.write_bytes(path.read_bytes()[:end])
             stamps, remarks = read(path)
-            assert stamps == STAMPS == stamps_of(path) and said in remarks and "no whole record" not in remarks
+            assert stamps == STAMPS == stamps_of(path) and said in remarks and "no complete record" not in remarks
             write_mcap(path, **parts)
 
 
@@ -139,9 +139,11 @@ def test_a_damaged_chunk_costs_its_own_messages_alone(kpmatch: Run, tmp_path: Pa
     overwrite(path, begin + 1000, bytes(4096))
     stamps, remarks = read(path)
     assert stamps == [*STAMPS[:4], *STAMPS[6:]]
-    said = f"drive.mcap: what is at byte {begin} was left out, because it is damaged: "
-    assert said in remarks and "the last message that was read before is of 1700000000.300000000 s" in remarks
-    with pytest.raises(BagError, match=rf"drive\.mcap: cannot be read: drive.mcap: what is at byte {begin} was"):
+    said = f"drive.mcap: the data at byte {begin} is damaged: "
+    assert said in remarks and "the last message read before that is at 1700000000.300000000 s" in remarks
+    with pytest.raises(
+        BagError, match=rf"drive\.mcap: cannot be read: drive.mcap: the data at byte {begin} is damaged: "
+    ):
         stamps_of(path)
     status, out, err = kpmatch("bag", path, tmp_path / "out", *QUICK)
     assert status == 0 and "frames     6 of" in out and said in out and said in err
@@ -156,10 +158,9 @@ def test_messages_before_damage_inside_a_chunk_that_is_not_compressed_are_kept(t
     overwrite(path, end - len(raw_image(7)) - 22 - 9, b"\xff" * 9)  # the header of its last message
     stamps, remarks = read(path)
     assert stamps == STAMPS[:7]
-    said = (
-        f"what is at byte {begin} is damaged inside, and was left out from there on: a record in a chunk is truncated"
-    )
-    assert remarks.count(said) == 1 == remarks.count(f"byte {begin}") and "of 1700000000.600000000 s" in remarks
+    said = f"the data at byte {begin} is damaged: a record in a chunk is truncated; its content after the damage was "
+    assert remarks.count(said + "left out; ") == 1 == remarks.count(f"byte {begin}")
+    assert "at 1700000000.600000000 s" in remarks
 
 
 def test_where_a_chunks_length_is_lost_the_index_says_where_the_next_one_is(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_where_a_chunks_length_is_lost_the_index_says_where_the_next_one_is(tmp_
     overwrite(path, begin, bytes(200))
     stamps, remarks = read(path)
     assert stamps == [*STAMPS[:4], *STAMPS[6:]]
-    assert f"what is at byte {begin} was left out, because it is damaged: no record begins there" in remarks
+    assert f"the data at byte {begin} is damaged: no record begins there; it was left out" in remarks
 
 
 @pytest.mark.parametrize("parts", [{"chunks": 4, "summary": False}, {"chunks": 0}])
@@ -178,8 +179,8 @@ def test_where_a_length_is_lost_and_no_index_helps_reading_ends_there(tmp_path: 
     overwrite(path, begin, b"\xff" * 9)
     stamps, remarks = read(path)
     assert stamps == STAMPS[:4]
-    assert f"bag.mcap: it is damaged at byte {begin}: a record is truncated; what follows was not read" in remarks
-    assert "the last message that was read before is of 1700000000.300000000 s" in remarks
+    assert f"bag.mcap: it is damaged at byte {begin}: a record is truncated; the rest was not read" in remarks
+    assert "the last message read before that is at 1700000000.300000000 s" in remarks
 
 
 @pytest.mark.parametrize("lost", [bytes(9), b"\xff" * 9])
@@ -189,8 +190,8 @@ def test_damage_in_an_mcap_that_was_not_finished_is_not_taken_for_its_end(tmp_pa
     path.write_bytes(path.read_bytes()[: places(path, DATA_END)[0][0]])
     overwrite(path, begin, lost)
     stamps, remarks = read(path)
-    assert f"bag.mcap: it is damaged at byte {begin}: " in remarks and "what follows was not read" in remarks
-    assert stamps == STAMPS[:2] and "was not finished" in remarks and "no whole record" not in remarks
+    assert f"bag.mcap: it is damaged at byte {begin}: " in remarks and "the rest was not read" in remarks
+    assert stamps == STAMPS[:2] and "was not finished" in remarks and "no complete record" not in remarks
     with pytest.raises(BagError, match=f"it is damaged at byte {begin}"):
         stamps_of(path)
 
@@ -207,7 +208,7 @@ def test_topics_that_were_named_in_a_damaged_chunk_are_said_to_be_lost(tmp_path:
     path = write_mcap(tmp_path / "bag.mcap", chunks=4, compression="zstd", summary=False)
     begin, _ = places(path, CHUNK)[0]
     overwrite(path, begin + 1000, bytes(4096))
-    with pytest.raises(BagError, match=r"holds no messages; .*6 messages were left out: which topics they are of"):
+    with pytest.raises(BagError, match=r"holds no messages; .*6 messages were left out, because the records that name"):
         read(path)
 
 
@@ -240,7 +241,7 @@ def test_a_damaged_database_is_read_around_its_damage(kpmatch: Run, database: Pa
     kept, remarks = read(database)
     assert 36 <= len(kept) < 40 and set(kept) < set(stamps) and kept == sorted(kept)
     assert "bag.db3: " in remarks and "is damaged: database disk image is malformed" in remarks
-    assert "the last message that was read before is of 170000000" in remarks
+    assert "the last message read before that is at 170000000" in remarks
     with pytest.raises(BagError, match=r"bag\.db3: cannot be read: .*malformed; .*`sqlite3 .*bag\.db3 \.recover` may"):
         stamps_of(database)
     status, out, err = kpmatch("bag", database.parent, tmp_path / "out", *QUICK)
@@ -282,7 +283,7 @@ def test_no_lost_page_of_a_database_goes_unsaid(database: Path, page: int) -> No
 def test_a_database_that_cannot_be_opened_has_the_remedy_of_a_database(database: Path) -> None:
     overwrite(database, 100, bytes(3000))
     for path in (database, database.parent):
-        with pytest.raises(BagError, match=rf"malformed; `sqlite3 {database} \.recover` may save what is in it"):
+        with pytest.raises(BagError, match=rf"malformed; `sqlite3 {database} \.recover` may recover its content"):
             bag_topics(path)
 
 
@@ -390,7 +391,7 @@ def test_numbered_files_without_metadata_are_one_bag(kpmatch: Run, split: Path, 
     stamps, remarks = read(split)
     assert stamps == [STAMPS[0] + number * 10**8 for number in range(24)]
     first, last = file_of(split, 0).name, file_of(split, 11).name
-    assert remarks == f"there is no metadata.yaml: read as one bag were 12 files, {first} to {last}"
+    assert remarks == f"there is no metadata.yaml: 12 files were read as one bag: {first} to {last}"
     file_of(split, 0).unlink()  # a recorder that is short of space deletes its oldest file
     assert len(read(split)[0]) == 22
     status, out, _ = kpmatch("bag", split, tmp_path / "out", *QUICK)
@@ -444,8 +445,8 @@ _TIME = f"{'=' * 80}\nMSG: builtin_interfaces/Time\nint32 sec\nuint32 nanosec\n"
         ((_HEADER + _PIXELS + _NESTED + _TIME).replace("\n", "\r\n"), ""),
         ("", "is empty"),
         (" \r\n", "is empty"),
-        ("\x00\xff", "cannot be understood"),
-        (_HEADER + _PIXELS, "leaves out std_msgs/msg/Header"),
+        ("\x00\xff", "cannot be parsed"),
+        (_HEADER + _PIXELS, "lacks std_msgs/msg/Header"),
         ((_HEADER + _PIXELS + _NESTED).replace("\n", "\r\n"), ""),
     ],
 )
@@ -453,7 +454,7 @@ def test_images_are_read_whatever_became_of_their_definition(tmp_path: Path, def
     path = write_mcap(tmp_path / "bag.mcap", schema_encoding="ros2msg", definition=definition)
     found = [bytes(found.message.data) for found in read_messages(path, [TOPIC])]
     assert found == [picture(number).tobytes() for number in range(8)]
-    remark = f"{IMAGE}: was read by the package's own definition: that in the bag {said}"
+    remark = f"{IMAGE}: was decoded with this package's definition, because the bag's definition {said}"
     assert remarks_of(path) == (remark if said else "")
 
 

@@ -78,7 +78,8 @@ def test_the_node_ends_with_the_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "said"), [("rclpy", "ROS 2 is not here"), ("kpmatch_ros.msg", "messages of kpmatch_ros are not built")]
+    ("module", "said"),
+    [("rclpy", "ROS 2 is not installed"), ("kpmatch_ros.msg", "messages of kpmatch_ros are not built")],
 )
 def test_without_ros_or_messages_it_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, module: str, said: str
@@ -120,7 +121,7 @@ def test_what_the_demo_did_not_make_is_left_alone(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert main(["demo", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert f"{tmp_path / name}: is there already, and nothing shows that kpmatch demo made it" in err
+    assert f"{tmp_path / name}: exists already, and nothing shows that kpmatch demo made it" in err
     assert err.count("\n") == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -133,7 +134,7 @@ def test_what_lies_in_the_demos_bag_and_is_not_the_demos_is_left_alone(
     for path in (tmp_path / "bag" / "notes.txt", tmp_path / "frame0.png"):
         path.write_text("mine")
     assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert "holds notes.txt, which is not of the bag there" in capsys.readouterr().err
+    assert "holds notes.txt, which does not belong to the bag" in capsys.readouterr().err
     assert (tmp_path / "bag" / "notes.txt").read_text() == (tmp_path / "frame0.png").read_text() == "mine"
 
 

@@ -104,7 +104,7 @@ def test_a_folder_for_logs_that_cannot_be_made_is_a_fault(monkeypatch: pytest.Mo
 def test_a_domain_that_dds_does_not_have_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROS_DOMAIN_ID", "300")
     (finding,) = (each for each in doctor.check_ros() if each.level == FAIL)
-    assert "ROS_DOMAIN_ID is 300" in finding.text and finding.remedy == "set ROS_DOMAIN_ID to one of these"
+    assert "ROS_DOMAIN_ID is 300" in finding.text and finding.remedy == "set ROS_DOMAIN_ID to an allowed value"
     monkeypatch.setenv("ROS_DOMAIN_ID", "-1")  # rcl's value for the default
     found = findings(doctor.check_ros)
     assert "start" not in found and found["ROS 2"].text.endswith("domain 0")
@@ -235,10 +235,10 @@ def test_a_library_of_another_version_is_worth_a_warning(
         monkeypatch.setattr(module, "available", lambda: False)
     monkeypatch.setattr(compiled_networks, "transforms", lambda: False)
     (finding,) = check()
-    assert finding.level == OK and "built by colcon and pip" in finding.text
+    assert finding.level == OK and "colcon and pip build a compiled part" in finding.text
     (tmp_path / "old.so").touch()
     (finding,) = check()
-    assert finding.level == WARN and "old.so does not fit" in finding.text and "build" in finding.remedy
+    assert finding.level == WARN and "old.so is not compatible" in finding.text and "build" in finding.remedy
 
 
 def test_a_processor_that_the_compiled_networks_are_not_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_a_check_that_lacks_a_package_names_it_and_its_remedy(monkeypatch: pytes
     for name in ("opencv", "scipy", "geometry", "compiled_networks", "pytorch", "weights", "networks", "ros"):
         monkeypatch.setattr(doctor, f"check_{name}", lacking)
     *_, finding = doctor.examine()
-    assert finding.level == FAIL and "not looked at: No module named 'psutil'" in finding.text
+    assert finding.level == FAIL and "not checked: No module named 'psutil'" in finding.text
     assert finding.remedy == how_to_get("psutil")
 
 
@@ -314,6 +314,6 @@ def test_a_fault_gives_status_2_and_each_line_its_remedy(
     monkeypatch.setattr(doctor, "examine", lambda: iter(lines))
     assert main(["doctor"]) == 2
     out = capsys.readouterr().out
-    assert "[FAIL] three" in out and "-> fix it" in out and "-> look" in out and "1 at fault, 1 to know about" in out
+    assert "[FAIL] three" in out and "-> fix it" in out and "-> look" in out and "1 fault, 1 warning" in out
     monkeypatch.setattr(doctor, "examine", lambda: iter(lines[:2]))
     assert main(["doctor"]) == 0

@@ -44,4 +44,4 @@ def test_the_printed_poses_say_where_another_motion_is_as_likely() -> None:
             printer.wait(timeout=30)
             rclpy.try_shutdown(context=context)
     moved = "moved (0.000, 0.000, 1.000)"
-    assert lines == ["no translation: FAILED\n", f"{moved}\n", f"{moved}, or by another motion\n"]
+    assert lines == ["no translation: FAILED\n", f"{moved}\n", f"{moved}, ambiguous\n"]

@@ -356,13 +356,13 @@ def test_matches_that_differ_are_an_error(
     monkeypatch.setattr("kpmatch_ros.models.export_check.compare", lambda *_: parity)
     status, _, errors = run(tmp_path / "out", *words)
     assert status == 2 and errors.count("\n") == 1
-    assert "only 98.00 % of the matches are those of PyTorch, at least 99 % should be: do not use" in errors
+    assert "only 98.00 % of the matches agree with PyTorch, but at least 99 % should: do not use" in errors
 
 
 def test_images_without_a_match_prove_nothing(run: Run, words: list[Any], tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "1.png"), np.zeros((HEIGHT, WIDTH), np.uint8))
     status, _, errors = run(tmp_path / "out", *words, "--filter-threshold", 0.999)
-    assert status == 2 and "there is no match in the images to compare" in errors
+    assert status == 2 and "the images have no matches to compare" in errors
 
 
 @pytest.mark.parametrize(

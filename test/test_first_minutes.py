@@ -81,7 +81,7 @@ def test_a_shell_completes_commands_and_options(line: str, expected: list[str], 
         ([Finding(WARN, "ROS 2", "not here")], "next: kpmatch match A.jpg B.jpg"),
         (
             [Finding(FAIL, "OpenCV", "", "x"), Finding(FAIL, "node", "")],
-            "next: mend OpenCV as said above, then kpmatch doctor",
+            "next: fix OpenCV as described above, then kpmatch doctor",
         ),
     ],
 )

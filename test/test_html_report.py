@@ -217,7 +217,9 @@ def test_the_page_says_why_a_camera_without_calibration_has_no_pose(
         for record in itertools.islice(read_messages(DEMO, ["/camera/image_raw/compressed"]), 2):
             bag.write(record.topic, record.message, record.stamp)
     status, _, error = kpmatch("bag", tmp_path / "in", tmp_path / "out", "--report", tmp_path / "page.html", *FAST)
-    why = "no camera_info beside /camera/image_raw/compressed, so no relative pose; --camera-info names one"
+    why = (
+        "there is no camera_info beside /camera/image_raw/compressed, so no relative pose; name one with --camera-info"
+    )
     assert (
         status == 0 and error == f"kpmatch bag: {why}\n" and f"<li>{why}</li>" in (tmp_path / "page.html").read_text()
     )

@@ -163,7 +163,7 @@ def test_a_bags_landmarks_lie_on_the_surfaces_of_the_scene(run: Run, bag: Path, 
 
 def test_one_camera_has_no_landmarks(run: Run, bag: Path, tmp_path: Path) -> None:
     status, _, err = run(bag, tmp_path / "out", "--image", "/left/image_rect", "--landmarks")
-    assert status == 2 and "--landmarks: one camera knows no metres" in err
+    assert status == 2 and "--landmarks: a single camera has no metric scale" in err
 
 
 def test_without_a_calibration_the_cloud_is_empty(run: Run, bag: Path, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_bag_that_appears_in_the_meantime_is_named_and_no_file_beside_it_is_le
     monkeypatch.setattr("kpmatch_ros.bags.replay.BagWriter", Late)
     files = ("--report", tmp_path / "page.html", "--poses", tmp_path / "poses.txt")
     err = refused(kpmatch("bag", tmp_path / "in", tmp_path / "out", *files, *QUICK))
-    assert f"{tmp_path / 'out'}: was made by another program" in err
+    assert f"{tmp_path / 'out'}: was created by another program" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -251,7 +251,7 @@ def test_no_place_for_what_a_bag_decompresses_to_is_no_fault_of_the_bag(
     for words in (("bag", tmp_path / "in" / "bag"), ("archive", tmp_path / "in")):
         status, out, err = kpmatch(*words, tmp_path / "out", *QUICK)
         assert (status, out, err.count("\n")) == (2, "", 1)
-        assert f"no place for what is in it in {tempfile.gettempdir()}: No space left" in err and "TMPDIR" in err
+        assert f"no space for its content in {tempfile.gettempdir()}: No space left" in err and "TMPDIR" in err
 
 
 @pytest.mark.parametrize("name", ["metadata.yaml", "in.mcap"])
@@ -277,5 +277,5 @@ def test_parameters_and_masks_are_never_overwritten(
     before = {path: path.read_bytes() for path in (tmp_path / "matcher.yaml", tmp_path / "mask.png")}
     for name in ("matcher.yaml", "mask.png", "link"):
         line = refused(kpmatch("bag", tmp_path / "in", tmp_path / "out", *read, option, tmp_path / name, *QUICK))
-        assert f"{option} {tmp_path / name}: belongs to what is read" in line
+        assert f"{option} {tmp_path / name}: belongs to the input" in line
     assert before == {path: path.read_bytes() for path in before} and not (tmp_path / "out").exists()

@@ -97,4 +97,4 @@ def test_a_replay_looks_for_it_on_demand(kpmatch: Run, tmp_path: Path) -> None:
 
 def test_stereo_has_no_readout_time(kpmatch: Run, tmp_path: Path) -> None:
     error = refused(kpmatch("bag", DEMO_BAG, tmp_path / "out", "--readout", "--mode", "stereo"))
-    assert "--readout: is for one camera" in error and not (tmp_path / "out").exists()
+    assert "--readout: works with one camera only" in error and not (tmp_path / "out").exists()

@@ -187,7 +187,7 @@ def test_weights_of_the_hub_are_fetched_into_its_own_cache_once(
     assert (again.returncode, again.stderr) == (0, "") and PAIR in again.stdout
     assert len(hub.requests) == asked
     described = kpmatch("weights", "info", PAIR)
-    assert described.returncode == 0 and "as the hub sent it" in described.stdout
+    assert described.returncode == 0 and "the file has the hub's own hash" in described.stdout
     assert described.stdout.count("\nnetwork ") == 2
 
 

@@ -384,7 +384,7 @@ def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) ->
                 camera.send(10 + 0.1 * frame, x)
                 node.wait_for(lambda count=frame: len(node.poses) == count, "the matcher")
             node.wait_for(lambda: paths[-1].poses[-1].header.stamp == message.header.stamp, "the whole path")
-            node.wait_for(lambda: "a loop: frame" in log.read_text(), "a loop")
+            node.wait_for(lambda: "loop closed: frame" in log.read_text(), "a loop")
         finally:
             slam.send_signal(signal.SIGINT)
             slam.wait(timeout=30)
@@ -416,7 +416,7 @@ def test_a_calibration_that_was_sent_once_is_heard_and_one_that_is_missing_is_na
                 slam.communicate(timeout=30)
         finally:
             rclpy.try_shutdown(context=context)
-    assert "nothing has come on /other\n" in said
+    assert "no message has arrived on /other\n" in said
 
 
 def test_raw_cameras_give_a_path_and_tf_over_dds(tf2_environment: dict[str, str], tmp_path: Path) -> None:

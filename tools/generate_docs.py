@@ -18,7 +18,7 @@ def config_file() -> str:
     """The text of config/matcher.yaml: every parameter with its default and its description."""
     lines = [
         "# The matcher node's parameters at their defaults, written from kpmatch_ros/parameters.py by `make docs`.",
-        "# Those marked with ° may change while the node runs (ros2 param set). What a profile chooses is left out.",
+        "# Those with ° may change while the node runs (ros2 param set). Those that a profile sets are commented out.",
         "/**:",
         "  ros__parameters:",
     ]

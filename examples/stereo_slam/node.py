@@ -103,7 +103,7 @@ class SlamNode(Node):
                 self._hear_info(side, QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL))
         missing = [self.resolve_topic_name(f"{side}/camera_info") for side in _SIDES if side not in self._infos]
         if missing and time.monotonic() - self._started > _PATIENCE:
-            self.get_logger().warning(f"no poses: nothing has come on {' and '.join(missing)}", once=True)
+            self.get_logger().warning(f"no poses: no message has arrived on {' and '.join(missing)}", once=True)
 
     def _on_info(self, side: str, info: CameraInfo) -> None:
         self._infos[side] = info
@@ -136,7 +136,9 @@ class SlamNode(Node):
         breaks = self._slam.breaks
         frames = self._slam.add(topic, message)
         if self._slam.breaks > breaks:
-            self.get_logger().warning("the tracks began again: nothing but a guess joins the frames before and after")
+            self.get_logger().warning(
+                "all tracks were lost: the motion between the frames before and after is only a guess"
+            )
         requests, self._slam.requests = self._slam.requests, []
         for request in requests:
             self._ask(request)
@@ -150,7 +152,7 @@ class SlamNode(Node):
         points of the keyframes give the scale.
         """
         if not self._client.service_is_ready():
-            self.get_logger().warning("no loops: there is no service match_features", once=True)
+            self.get_logger().warning("no loops: the service match_features is not available", once=True)
             return
         question = MatchFeatures.Request(
             reference_features=request.reference.features, features=request.current.features
@@ -162,7 +164,9 @@ class SlamNode(Node):
         if not response.success:
             self.get_logger().warning(f"match_features: {response.message}")
         elif self._slam is not None and self._slam.add_answer(request, response.matches):
-            self.get_logger().info(f"a loop: frame {request.current.number} sees what {request.reference.number} saw")
+            self.get_logger().info(
+                f"loop closed: frame {request.current.number} shows the place of frame {request.reference.number}"
+            )
 
     def _publish(self, camera_frame: str) -> None:
         assert self._slam is not None

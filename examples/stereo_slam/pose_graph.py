@@ -69,7 +69,7 @@ class Keyframes:
         self.kept: list[Keyframe] = []
         self._step, self._turn, self._radius, self._least_path = step, turn, radius, least_path
 
-    def wants(self, poses: Sequence[gtsam.Pose3]) -> bool:
+    def is_due(self, poses: Sequence[gtsam.Pose3]) -> bool:
         """Whether the last pose is far enough from the last keyframe to become a keyframe."""
         if not self.kept:
             return True
@@ -107,8 +107,8 @@ def align(
     Args:
         reference: the older keyframe.
         current: the newer keyframe.
-        indices: (M, 2) indices of the matched keypoints in the two keyframes.
-        scores: (M,) of the matches.
+        indices: (M, 2) indices of the matched keypoints in the two keyframes, each at most once, as in a MatchArray.
+        scores: (M,) of the matches; they only set the order in which RANSAC draws from the matches.
         calibration: of the stereo pair.
     """
     indices = indices[np.argsort(-scores)]

@@ -163,7 +163,7 @@ class StereoSlam:
         self.smoother.add_frame(motion, np.minimum(_LOOSE * sigmas, _UNKNOWN), reference, before, now)
         self.graph.add_frame(reference, sigmas)
         self._register(stamp)
-        if self._keyframes.wants(self.smoother.poses):
+        if self._keyframes.is_due(self.smoother.poses):
             self._awaited = stamp
         self._keep_keyframe()
 

@@ -89,8 +89,8 @@ class Settings:
 
     def described(self) -> dict[str, Any]:
         """The settings that affect the results, as a dict for JSON."""
-        chosen, passed_over = dataclasses.asdict(self.parameters), (*_OF_THE_MACHINE, *_WITHOUT_EFFECT)
-        parameters = {name: value for name, value in chosen.items() if name not in passed_over}
+        chosen, excluded = dataclasses.asdict(self.parameters), (*_OF_THE_MACHINE, *_WITHOUT_EFFECT)
+        parameters = {name: value for name, value in chosen.items() if name not in excluded}
         topics = {name: topic for name, topic in self.topics.items() if topic is not None}
         contents = {f"content of {name}": _digest(path) for name, path in named_files(self.parameters).items()}
         return {
@@ -183,7 +183,7 @@ def find_bags(folder: Path, out: Path | None = None) -> list[Path]:
                 found += [here / name for name in files if has_stored_name(name) or _is_of_ros1(name)]
             seen.add(real)
     if found == [folder]:
-        raise BagError(f"{folder}: is one bag, not a folder with bags in it; kpmatch bag replays it")
+        raise BagError(f"{folder}: is a single bag, not a folder with bags; kpmatch bag replays it")
     if not found:
         raise BagError(f"{folder}: there is no bag in it: no folder with metadata.yaml, no .mcap and no .db3 file")
     return sorted(found)
@@ -201,17 +201,17 @@ def jobs_for(bags: list[Path], folder: Path, out: Path, unfinished: Path) -> lis
     for job in jobs:
         other = taken.setdefault(job.target, job)
         if other is not job:
-            raise BagError(f"{job.source}: and {other.source} would both become {job.target}; rename one of them")
+            raise BagError(f"{job.source}: would be written to {job.target}, like {other.source}; rename one of them")
     for job in jobs:
         if folder in job.target.parents:  # the next run would read it, or it replaces a recording
             raise BagError(
-                f"{job.source}: would become {job.target}, below {folder}; choose another folder to write to"
+                f"{job.source}: would be written to {job.target}, below {folder}; choose another output folder"
             )
         for place in job.target.parents:
             if place in taken:
                 raise BagError(
-                    f"{taken[place].source}: would become {place}, where {job.source} is to be written too; rename one "
-                    "of them"
+                    f"{taken[place].source}: would be written to {place}, which also holds the output of {job.source}; "
+                    "rename one of them"
                 )
     return jobs
 
@@ -255,7 +255,7 @@ def claimed(out: Path, settings: Settings) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BagError(f"{out}: another kpmatch archive is writing to it; wait for its end, or stop it") from None
+            raise BagError(f"{out}: another kpmatch archive is writing to it; wait until it ends, or stop it") from None
         except OSError:
             pass  # a file system without locks
         unfinished = out / ".unfinished"
@@ -293,8 +293,8 @@ def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> N
         name = differing[0]
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise BagError(
-            f"{file.parent}: was begun with {name} {before.get(name)!r}, now it is {settings.get(name)!r}{more}; "
-            "go on as it was begun, or choose another folder to write to"
+            f"{file.parent}: was started with {name} {before.get(name)!r}, but now it is {settings.get(name)!r}"
+            f"{more}; use the same settings, or choose another output folder"
         )
 
 
@@ -310,7 +310,7 @@ def _settings_in(file: Path) -> dict[str, Any]:
 
 
 def _foreign(file: Path) -> BagError:
-    return BagError(f"{file}: is not what kpmatch archive wrote; choose another folder to write to")
+    return BagError(f"{file}: was not written by kpmatch archive; choose another output folder")
 
 
 def finished_row(job: Job) -> Row | None:
@@ -388,8 +388,8 @@ def replay_one(job: Job, settings: Settings) -> Row:
     if begun >= ATTEMPTS:
         return row | {
             "state": "failed",
-            "message": f"{job.source}: is passed over, because {begun} processes died while they replayed it, as "
-            "where memory runs out; kpmatch bag shows how it goes alone",
+            "message": f"{job.source}: is skipped, because {begun} processes died while they replayed it, for "
+            "example because memory ran out; try it alone with kpmatch bag",
         }
     with job.attempts.open("ab") as file:
         file.write(b".")
@@ -409,8 +409,8 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
         before = _row_in(job.target)
         if before is not None and not before.get("unfinished"):
             raise _NotKept(
-                f"{job.target}: was made from another bag than {job.source}, or from an earlier one; remove it, or "
-                "choose another folder to write to"
+                f"{job.target}: was made from another bag than {job.source}, or from an earlier version of it; remove "
+                "it, or choose another output folder"
             )
         for place in (job.target, *job.target.parents):
             if os.path.lexists(place) and ((place == job.target and before is None) or not place.is_dir()):
@@ -442,8 +442,8 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
                 raise type(error)(text) from error
             if _source(job.source) != source:
                 raise _NotKept(
-                    f"{job.source}: changed while it was read, as a bag does that is being copied; when it is whole, "
-                    "the same command does it"
+                    f"{job.source}: changed while it was read, for example because it is still being copied; when "
+                    "it is complete, run the same command again"
                 )
             figures = report.figures()
             whole = row | {name: figures.get(name) for name in _FIGURES}
@@ -464,8 +464,8 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
                 if error.errno != errno.EXDEV:
                     raise
                 raise _NotKept(
-                    f"{job.target}: cannot be moved there, because {job.target.parent} is on another file system than "
-                    f"{job.unfinished.parent}; choose another folder to write to"
+                    f"{job.target}: the result cannot be moved there, because {job.target.parent} is on another file "
+                    f"system than {job.unfinished.parent}; choose another output folder"
                 ) from error
             return whole
     except OutputError:  # without space for this bag, there is none for the next one either
@@ -481,7 +481,7 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
             raise
         row |= {"state": "broken", "message": f"{error.filename}: {error.strerror}"}
     except Exception as error:  # noqa: BLE001 - a fault of this program in one bag of many
-        row |= {"state": "failed", "message": f"{job.source}: an unexpected fault, {type(error).__name__}: {error}"}
+        row |= {"state": "failed", "message": f"{job.source}: an unexpected error, {type(error).__name__}: {error}"}
     row["seconds"] = round(time.perf_counter() - started, 3)
     return row
 

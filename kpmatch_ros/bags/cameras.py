@@ -78,7 +78,7 @@ def choose_camera(
             f"{bag}: has {len(images)} image topics, choose one with --image, or a stereo pair with --left "
             f"and --right: {_names(images)}"
         )
-    chosen = _only(bag, images, image, "image", "--image")
+    chosen = _named_or_only(bag, images, image, "image", "--image")
     info = _beside(bag, chosen, infos, "camera_info", camera_info, "--camera-info")
     others = [_beside(bag, topic, infos, "camera_info", None, "") for topic in topics]
     if not info and len(infos) == 1 and infos[0].name not in others:  # it is not another camera's
@@ -107,7 +107,7 @@ def choose_stereo_cameras(
     topics, infos, masks = _candidates(bag)
     images = _without_masks(topics)
     given = [
-        None if name is None else _only(bag, topics, name, "image", option)
+        None if name is None else _named_or_only(bag, topics, name, "image", option)
         for name, option in ((left, "--left"), (right, "--right"))
     ]
     if given[0] is not None and given[1] is not None:
@@ -168,7 +168,7 @@ def _are_sides(one: str, other: str, left: str, right: str) -> bool:
 def _beside(bag: Path, image: Topic, topics: list[Topic], kind: str, name: str | None, option: str) -> str:
     """The topic with the camera_info or mask of an image topic: the named one, else the one beside it, else ""."""
     if name is not None:
-        return _only(bag, topics, name, kind, option).name
+        return _named_or_only(bag, topics, name, kind, option).name
     beside = join(dirname(image.name.removesuffix("/compressed")), kind)
     return beside if beside != image.name and any(topic.name == beside for topic in topics) else ""
 
@@ -187,7 +187,7 @@ def _names(topics: list[Topic]) -> str:
     return ", ".join(topic.name for topic in topics)
 
 
-def _only(bag: Path, candidates: list[Topic], name: str | None, what: str, option: str) -> Topic:
+def _named_or_only(bag: Path, candidates: list[Topic], name: str | None, what: str, option: str) -> Topic:
     if not candidates:
         raise UnsuitableError(f"{bag}: has no {what} topic with messages in it")
     if name is None:

@@ -140,7 +140,7 @@ class HtmlReport:
             "text": [_frame(number) for number, _ in self._breaks],
             "mode": "markers",
             "marker": {"size": 11, "symbol": "x", "color": _BROKEN_COLOUR},
-            "hovertemplate": "the chain is broken before %{text}, and goes on from here<extra></extra>",
+            "hovertemplate": "the chain is broken before %{text}, and continues from here<extra></extra>",
         }
         layout["xaxis"]["title"] = {"text": f"x, right ({unit}); <span style='color:{_BROKEN_COLOUR}'>✖ broken</span>"}
         return {"data": [trace, broken], "layout": layout}

@@ -25,7 +25,7 @@ __all__ = ["MAGIC", "McapFile"]
 MAGIC = b"\x89MCAP0\r\n"
 _HEADER, _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK = 1, 2, 3, 4, 5, 6
 _CHUNK_INDEX, _ATTACHMENT, _STATISTICS, _SUMMARY_OFFSET, _DATA_END = 8, 9, 0x0B, 0x0E, 0x0F
-_MOST_TOLD = 10  # damaged places that are reported one by one
+_MOST_REPORTED = 10  # damaged places that are reported one by one
 # The errors that damaged bytes raise; RuntimeError is lz4's. OSError and MemoryError are not among them: a failing disk
 # or network, or too little memory, is no fault of the file, and another attempt may succeed.
 _DAMAGE = (ValueError, struct.error, zstd.ZstdError, RuntimeError)
@@ -91,7 +91,7 @@ class McapFile:
         self._schemas: dict[int, tuple[str, Definition]] = {0: ("", Definition("", b""))}  # id 0 means no schema
         self._declared: dict[int, tuple[int, str, str]] = {}  # by channel id: schema, topic, encoding
         self._chunks: list[_Chunk] = []
-        self._loose: dict[int, array[int]] = {}  # by channel: log time and place of each message outside any chunk
+        self._unchunked: dict[int, array[int]] = {}  # by channel: log time and place of each message outside any chunk
         self.unfinished = ""
         self.damage: list[str] = []
         self._damaged: set[int] = set()  # damaged places that were found so far
@@ -105,7 +105,7 @@ class McapFile:
         """The messages of some channels in the order of their log times: channel, log time, content."""
         chunks = [chunk for chunk in self._chunks if not chunk.channels or not chunk.channels.isdisjoint(ids)]
         sources = [self._of_chunk(number, chunk, ids) for number, chunk in enumerate(chunks)]
-        sources.append(self._of_loose(len(chunks), ids))
+        sources.append(self._of_unchunked(len(chunks), ids))
         self._last = None
         with self._path.open("rb") as self._file:
             for time, _, _, channel, content in heapq.merge(*sources):
@@ -122,7 +122,7 @@ class McapFile:
         try:
             record = self._at(chunk.place)
             if record.code != _CHUNK:
-                raise ValueError("no chunk is where the index has one")
+                raise ValueError("there is no chunk where the index lists one")
             for inner in _split(_unpacked(record.content)):
                 if inner.code == _MESSAGE:
                     channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
@@ -136,8 +136,8 @@ class McapFile:
         if obstacle is not None:
             self._leave_out(chunk.place, obstacle, before)
 
-    def _of_loose(self, number: int, ids: Collection[int]) -> Iterator[tuple[int, int, int, int, bytes | None]]:
-        stored = {channel: self._loose.get(channel, array("Q")) for channel in ids}
+    def _of_unchunked(self, number: int, ids: Collection[int]) -> Iterator[tuple[int, int, int, int, bytes | None]]:
+        stored = {channel: self._unchunked.get(channel, array("Q")) for channel in ids}
         places = sorted(entry for channel, both in stored.items()
                         for entry in zip(both[::2], both[1::2], repeat(channel)))  # fmt: skip
         for order, (time, place, channel) in enumerate(places):
@@ -149,9 +149,9 @@ class McapFile:
             raise ValueError("the file is empty")
         self._file.seek(0)
         if self._file.read(8) != MAGIC:
-            raise ValueError("the magic bytes at its begin are not MCAP's")
+            raise ValueError("the file does not begin with MCAP's magic bytes")
         if self._at(8).code != _HEADER:
-            raise ValueError("its first record is no header")
+            raise ValueError("its first record is not a header")
         begin = self._file.tell()
         self._file.seek(max(size - 37, begin))
         footer = self._file.read()
@@ -163,7 +163,7 @@ class McapFile:
             name, definition = self._schemas.get(schema, self._schemas[0])
             self.channels[key] = Channel(topic, name, encoding, definition)
         if self.damage and (lost := sum(count for key, count in self.counts.items() if key not in self.channels)):
-            self.damage.append(f"{lost} messages were left out: which topics they are of stood in what is damaged")
+            self.damage.append(f"{lost} messages were left out, because the records that name their topics are damaged")
 
     def _read_finished(self, begin: int, footer: bytes) -> None:
         """Read the summary; if it is damaged or lists less than the file holds, scan the file instead."""
@@ -193,7 +193,7 @@ class McapFile:
             self._end_at(reached, obstacle)
         if not self.counts:
             raise ValueError(
-                "the magic bytes at its end are not MCAP's: it was not finished, and no message in it can be read"
+                "the file does not end with MCAP's magic bytes: it was not finished, and no message in it can be read"
                 + "".join(f"; {each}" for each in self.damage)
             )
         rest = self._size - reached
@@ -203,7 +203,7 @@ class McapFile:
             self.unfinished = "the recording was not finished, or was cut short"
         else:
             self.unfinished = f"the recording was not finished, or was cut short; {self._so_far()}" + (
-                f"; its last {rest} bytes, from byte {reached} on, hold no whole record" if rest else ""
+                f"; its last {rest} bytes, from byte {reached} on, hold no complete record" if rest else ""
             )
 
     def _is_cut(self, place: int) -> bool:
@@ -229,35 +229,33 @@ class McapFile:
                 if code == _FOOTER:
                     self._file.seek(after)
                     if self._exactly(8) == MAGIC:
-                        return f"{self._size - after - 8} bytes that are not its own follow its end at byte {after + 8}"
+                        return f"{self._size - after - 8} bytes of other data follow its end at byte {after + 8}"
         except ValueError:
             pass
         return f"its index, from byte {place} on, was cut short or is damaged"
 
     def _end_at(self, place: int, obstacle: Exception) -> None:
         self.damage.append(
-            f"it is damaged at byte {place}: {reason_of(obstacle)}; what follows was not read; {self._so_far()}"
+            f"it is damaged at byte {place}: {reason_of(obstacle)}; the rest was not read; {self._so_far()}"
         )
 
     def _so_far(self) -> str:
         if self._last is None:
-            return "no message was read before"
-        return f"the last message that was read before is of {in_seconds(self._last)}"
+            return "no message was read before that"
+        return f"the last message read before that is at {in_seconds(self._last)}"
 
     def _leave_out(self, place: int, error: Exception, before: int = 0) -> None:
         """Report damage in the record at a place; `before` messages in that record were read before the damage."""
         if place in self._damaged:  # reported already, for example when the file was opened
             return
         self._damaged.add(place)
-        if len(self._damaged) <= _MOST_TOLD:
-            what = (
-                f"what is at byte {place} is damaged inside, and was left out from there on"
-                if before
-                else f"what is at byte {place} was left out, because it is damaged"
+        if len(self._damaged) <= _MOST_REPORTED:
+            left_out = "its content after the damage" if before else "it"
+            self.damage.append(
+                f"the data at byte {place} is damaged: {reason_of(error)}; {left_out} was left out; {self._so_far()}"
             )
-            self.damage.append(f"{what}: {reason_of(error)}; {self._so_far()}")
-        elif len(self._damaged) == _MOST_TOLD + 1:
-            self.damage.append(f"more that is damaged was left out behind that, the first of it at byte {place}")
+        elif len(self._damaged) == _MOST_REPORTED + 1:
+            self.damage.append(f"more damaged data was left out, the first at byte {place}")
 
     def _read_summary(self, data: int, begin: int, end: int) -> bool:
         """Read the summary, which follows the data. Returns whether it describes everything in the file."""
@@ -302,7 +300,7 @@ class McapFile:
                     if code == _CHUNK:
                         return False
                     if code == _MESSAGE:
-                        self._add_loose(here)
+                        self._add_unchunked(here)
                     elif code in (_SCHEMA, _CHANNEL):
                         self._define(self._at(here))
                     place = place_after
@@ -318,7 +316,7 @@ class McapFile:
 
         Where there is no valid record, the scan goes on at the next chunk in `known`, places of chunks from the index.
         """
-        self._chunks, self._loose, self.counts = [], {}, Counter()
+        self._chunks, self._unchunked, self.counts = [], {}, Counter()
         place = begin
         while place < end:
             try:
@@ -335,7 +333,7 @@ class McapFile:
             before = self.counts.total()
             try:
                 if code == _MESSAGE:
-                    channel, time = self._add_loose(place)
+                    channel, time = self._add_unchunked(place)
                     self._count([channel], [time])
                 elif code in (_SCHEMA, _CHANNEL):
                     self._define(self._at(place))
@@ -364,13 +362,13 @@ class McapFile:
         self.counts.update(channels)
         self._last = max(*times, self._last or 0)
 
-    def _add_loose(self, place: int) -> tuple[int, int]:
+    def _add_unchunked(self, place: int) -> tuple[int, int]:
         """Note a message outside any chunk. The file is positioned at its content, of which only the head is read.
 
         Returns its channel and log time.
         """
         channel, _, time, _ = struct.unpack("<HIQQ", self._exactly(22))
-        self._loose.setdefault(channel, array("Q")).extend((time, place))
+        self._unchunked.setdefault(channel, array("Q")).extend((time, place))
         return channel, time
 
     def _define(self, record: _Record) -> None:

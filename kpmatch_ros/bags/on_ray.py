@@ -54,10 +54,12 @@ def replay_on_ray(
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             largest = " and ".join(f"{max(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in ("CPU", "GPU"))
-            text = f"a bag is to have {cpus:g} CPUs and {gpus:g} GPUs, but Ray knows of at most {largest} in a machine"
+            text = (
+                f"a bag needs {cpus:g} CPUs and {gpus:g} GPUs on one machine, but Ray's machines have at most {largest}"
+            )
             if address == "local":
                 raise BagError(text)
-            say(f"{text}; the bags wait until one joins that has")
+            say(f"{text}; the bags wait until a large enough machine joins")
         # Without this, Ray leaves the GPUs visible to a task that reserves none.
         environment = {"env_vars": {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}}
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=ATTEMPTS - 1, runtime_env=environment)
@@ -96,10 +98,10 @@ def _reason(error: Exception) -> str:
 
     text = f"{' '.join(str(error).split()):.300}"
     if isinstance(error, OutOfMemoryError):
-        return f"its machine ran out of memory; with a larger --cpus-per-bag it does fewer bags at a time: {text}"
+        return f"its machine ran out of memory; with a larger --cpus-per-bag, Ray runs fewer bags at a time: {text}"
     if isinstance(error, WorkerCrashedError):
         return f"its worker died {ATTEMPTS} times: {text}"
-    return f"Ray could not do it: {text}"
+    return f"Ray could not run it: {text}"
 
 
 @contextmanager
@@ -112,7 +114,7 @@ def _connected(address: str) -> Iterator[None]:
             socket.create_connection((endpoint[1], int(endpoint[2])), _PATIENCE).close()
     except (OSError, OverflowError) as error:
         raise BagError(
-            f"--ray {address}: nothing answers there: {error}; `ray status` on the cluster says its address"
+            f"--ray {address}: nothing answers at this address: {error}; `ray status` on the cluster shows its address"
         ) from error
     options: dict[str, Any] = (
         {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if address == "local" else {}
@@ -123,7 +125,9 @@ def _connected(address: str) -> Iterator[None]:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        hint = "" if address == "local" else "; a cluster that asks for a token wants RAY_AUTH_MODE=token here too"
+        hint = (
+            "" if address == "local" else "; if the cluster uses token authentication, set RAY_AUTH_MODE=token here too"
+        )
         raise BagError(f"--ray {address}: Ray cannot be reached: {text.rstrip('.'):.300}{hint}") from error
     try:
         if in_main:

@@ -62,7 +62,7 @@ def _opened(path: Path) -> Iterator[Recording]:
     if not path.exists():
         raise BagError(f"{path}: there is no such bag")
     if not path.is_dir() and path.suffix == ".bag":
-        raise BagError(f"{path}: is a bag of ROS 1; rosbags-convert --src {path} --dst FOLDER makes one of ROS 2")
+        raise BagError(f"{path}: is a ROS 1 bag; rosbags-convert --src {path} --dst FOLDER converts it to ROS 2")
     if not path.is_dir() and not (path.is_file() and path.name.removesuffix(".zstd").endswith((".mcap", ".db3"))):
         raise BagError(f"{path}: is not a bag; give a bag's folder, or a .mcap or .db3 file, which may end in .zstd")
     with explained(path):
@@ -126,7 +126,7 @@ def read_messages(
     with _opened(path) as recording:
         known = {topic for topic, _ in recording.counts}
         if topics is not None and (missing := [topic for topic in topics if topic not in known]):
-            foreign = [f"; {topic} is in the encoding {recording.foreign[topic]}" for topic in missing
+            foreign = [f"; the messages on {topic} are in the encoding {recording.foreign[topic]}" for topic in missing
                        if topic in recording.foreign]  # fmt: skip
             raise BagError(
                 f"{path}: has no topic {', '.join(missing)}; it has {', '.join(sorted(known))}{''.join(foreign)}"
@@ -140,13 +140,15 @@ def read_messages(
             if topic not in wanted or kind not in types.get(topic, [kind]):
                 continue
             if kind not in stores:
-                with explained(path, f"the definition of {kind} cannot be understood"):
+                with explained(path, f"the definition of {kind} cannot be used"):
                     stores[kind], why = _store_for(kind, recording.definitions.get(kind))
                 if why:
-                    recording.remarks.append(f"{kind}: was read by the package's own definition: that in the bag {why}")
+                    recording.remarks.append(
+                        f"{kind}: was decoded with this package's definition, because the bag's definition {why}"
+                    )
             if kind not in stores[kind].types:
                 raise BagError(
-                    f"{path}: {topic} has the type {kind}, which is not known here and which the bag does not define; "
+                    f"{path}: {topic} has the type {kind}, which neither this package nor the bag defines; "
                     "leave that topic out"
                 )
         raw = recording.messages(wanted)
@@ -203,9 +205,9 @@ def _store_for(kind: str, definition: Definition | None) -> tuple[Typestore, str
     except Exception:
         if kind not in _USED_TYPES:
             raise
-        return typestore(), "cannot be understood"
+        return typestore(), "cannot be parsed"
     absent = _absent_types(store, kind) if kind in _USED_TYPES else []
-    return (typestore(), f"leaves out {', '.join(absent)}") if absent else (store, "")
+    return (typestore(), f"lacks {', '.join(absent)}") if absent else (store, "")
 
 
 def _types_in(definition: Definition, kind: str) -> dict[str, Any]:
@@ -230,7 +232,7 @@ def _absent_types(store: Typestore, kind: str) -> list[str]:
         return [kind]
     ours, theirs = typestore().fielddefs[kind][1], store.fielddefs[kind][1]
     if ours != theirs:
-        raise ValueError(f"{kind} has not the fields that ROS gives it, {', '.join(name for name, _ in ours)}")
+        raise ValueError(f"{kind} does not have the fields of ROS's type: {', '.join(name for name, _ in ours)}")
     absent: list[str] = []
     for _, (node, detail) in ours:
         element: Any = (node, detail)

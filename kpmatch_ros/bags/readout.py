@@ -129,13 +129,14 @@ class ReadoutSearch:
         found = self.found()
         if found is None:
             return (
-                f"not known: fewer than {_FEWEST} pairs of one camera with a pose and a calibration follow each other"
+                f"not known: fewer than {_FEWEST} pairs of one camera have a calibration and a pose, and directly "
+                "follow another such pair"
             )
         interval = f"{found.best:.4f} s (90 %: {found.low:.4f} to {found.high:.4f}, {found.pairs} pairs)"
         if not found.is_sure:
             return f"not known: {interval}; the camera should turn more, and for longer"
         if found.low == 0.0:
-            return f"{interval}: a global shutter, or one that makes no difference here"
+            return f"{interval}: a global shutter, or a rolling shutter with no visible effect in this recording"
         return f"{interval}: a rolling shutter; set readout_time to it"
 
 

@@ -76,9 +76,9 @@ def with_remedy(reason: str, path: Path) -> str:
         return reason
     if "database" in reason and "malformed" in reason:
         file = shlex.quote(str(path)) if path.is_file() else "FILE"
-        return f"{reason}; `sqlite3 {file} .recover` may save what is in it"
+        return f"{reason}; `sqlite3 {file} .recover` may recover its content"
     if "magic" in reason or "runcated" in reason:
-        return f"{reason}; if the recording was cut short, `mcap recover` may save what is in it"
+        return f"{reason}; if the recording was cut short, `mcap recover` may recover its content"
     return reason
 
 
@@ -174,25 +174,27 @@ class Recording:
         if not (folder / "metadata.yaml").exists():
             if not present:
                 if old := sorted(entry.name for entry in folder.glob("*.bag") if entry.is_file()):
-                    raise BagError(f"{folder}: is not a bag of ROS 2; {old[0]} is one of ROS 1: name that file")
+                    raise BagError(f"{folder}: is not a ROS 2 bag; {old[0]} is a ROS 1 bag: name that file")
                 raise BagError(f"{folder}: is not a bag; a bag's folder holds metadata.yaml and .mcap or .db3 files")
             # A recorder that was killed before it wrote the metadata leaves one file, or several numbered files.
             if len(present) > 1:
                 if not _are_numbered(present):
                     raise BagError(
-                        f"{folder}: has {len(present)} files but no metadata.yaml, and they are not numbered as those "
-                        f"of one bag: {_in_short(present)}; name one of them, or if all are of one bag, "
+                        f"{folder}: has {len(present)} files but no metadata.yaml, and they are not numbered like "
+                        f"those of one bag: {_in_short(present)}; name one of them, or if all belong to one bag, "
                         f"ros2 bag reindex {folder} writes metadata.yaml"
                     )
                 self.remarks.append(
-                    f"there is no metadata.yaml: read as one bag were {len(present)} files, {_in_short(present)}"
+                    f"there is no metadata.yaml: {len(present)} files were read as one bag: {_in_short(present)}"
                 )
             return present
         names = self._read_metadata(folder / "metadata.yaml")
         if not names:
             if not present:
                 raise BagError(f"{folder}: cannot be read: it has no .mcap or .db3 file")
-            self.remarks.append(f"metadata.yaml names no files: read were {', '.join(file.name for file in present)}")
+            self.remarks.append(
+                f"metadata.yaml names no files: these were read: {', '.join(file.name for file in present)}"
+            )
             return present
         listed = _listed(folder, names)
         if missing := [file.name for file in listed if not file.is_file()]:
@@ -228,8 +230,8 @@ class Recording:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise
                 raise OutputError(
-                    f"{path}: is compressed as a whole, and there is no place for what is in it in "
-                    f"{tempfile.gettempdir()}: {error.strerror}; TMPDIR names another folder"
+                    f"{path}: is compressed as a whole, and there is no space for its content in "
+                    f"{tempfile.gettempdir()}: {error.strerror}; set TMPDIR to another folder"
                 ) from error
             path = plain
         with path.open("rb") as stream:
@@ -258,7 +260,7 @@ class Recording:
     def _compare_with_metadata(self) -> None:
         if self.foreign:
             named = ", ".join(f"{topic} ({encoding})" for topic, encoding in sorted(self.foreign.items()))
-            self.remarks.append(f"left out, because it is not in ROS 2's encoding: {named}")
+            self.remarks.append(f"topics left out, because they are not in ROS 2's encoding: {named}")
         held: Counter[str] = Counter()
         for (topic, _), count in self.counts.items():
             held[topic] += count
@@ -289,12 +291,12 @@ def bag_information(file: Path) -> dict[str, Any]:
         said = str(error) if isinstance(error, (ValueError, yaml.YAMLError)) else f"{type(error).__name__}: {error}"
         reason = " ".join(said.replace('in "<unicode string>", ', "").split())
         raise ValueError(
-            f"metadata.yaml is damaged: {reason}; without metadata.yaml the bag may be read, and ros2 bag reindex "
-            f"{file.parent} writes another one"
+            f"metadata.yaml is damaged: {reason}; the bag may be readable without it, and ros2 bag reindex "
+            f"{file.parent} writes a new one"
         ) from error
     content = tree.get("rosbag2_bagfile_information") if isinstance(tree, dict) else None
     if not isinstance(content, dict):
-        raise ValueError("metadata.yaml has no rosbag2_bagfile_information; without metadata.yaml the bag may be read")
+        raise ValueError("metadata.yaml has no rosbag2_bagfile_information; the bag may be readable without it")
     return content
 
 
@@ -333,7 +335,7 @@ def own_files(folder: Path) -> list[Path]:
     present = sorted(folder.iterdir())
     foreign = [entry.name for entry in present if entry not in own or entry.is_dir()]
     if foreign:
-        raise BagError(f"{folder}: holds {foreign[0]}, which is not of the bag there, so it is not replaced")
+        raise BagError(f"{folder}: holds {foreign[0]}, which does not belong to the bag, so it is not replaced")
     return present
 
 

@@ -118,7 +118,7 @@ def replay(
         _check_place(path, bag, out)
         if [each.resolve() for each in files].count(path.resolve()) > 1:
             raise BagError(
-                f"{path}: cannot hold two of the poses, the report and the recording for Rerun; choose another name"
+                f"{path}: is named for two of the poses, the report and the Rerun recording; choose another name"
             )
     front_end = FrontEnd(parameters.replace({"queue": "all"}))
     front_end.matcher.warm_up()
@@ -156,7 +156,7 @@ def replay(
             )
         for camera, option in zip(cameras, _INFO_OPTIONS[parameters.mode]):
             if not camera.camera_info:
-                missing = f"no camera_info beside {camera.image}, so no relative pose; {option} names one"
+                missing = f"there is no camera_info beside {camera.image}, so no relative pose; name one with {option}"
                 report.faults.append(missing)
         report.readout = search
         if shown is not None and page_file is not None:
@@ -186,7 +186,7 @@ def _check_place(file: Path, bag: Path, out: Path) -> None:
     """Raise BagError if a file would replace something else. It is checked before the work, not after it."""
     place = file.resolve()
     if place == out.resolve():
-        raise BagError(f"{file}: is to hold the bag, so it cannot be a file too; choose another name for one of them")
+        raise BagError(f"{file}: is the bag to write, so it cannot be a file too; choose another name for one of them")
     if overwritten(file, [bag]) is not None:
         raise BagError(f"{file}: belongs to the bag that is read; choose another name")
     if place.is_dir():
@@ -210,10 +210,10 @@ def _process(
     recorded: list[int] = []  # record times of the first camera's images, nanoseconds
     images = 0
     waiting: deque[_Waiting] = deque()
-    at_hand = 0  # record time of the frame that is processed, nanoseconds
+    processed_at = 0  # record time of the frame that is processed, nanoseconds
 
     def publish(topic: str, message: Any) -> None:
-        writer.write(f"/{topic.lstrip('/')}", message, at_hand)
+        writer.write(f"/{topic.lstrip('/')}", message, processed_at)
 
     sides = {camera.image: side for side, camera in enumerate(cameras)}
     pipeline = Pipeline(front_end, list(sides), publish, wanted.__contains__, report, new_message)
@@ -244,14 +244,14 @@ def _process(
 
     def process(now: int | None) -> None:
         """Process the frames that are complete or have waited long enough; all frames if `now` is None."""
-        nonlocal at_hand
+        nonlocal processed_at
         while waiting and (
             now is None
             or abs(now - waiting[0].recorded_at) > PATIENCE * 1e9  # abs, because the recorder's clock may go back
             or len(waiting) > _MOST_WAITING
             or pipeline.complete(waiting[0].images)
         ):
-            images, at_hand = waiting.popleft()
+            images, processed_at = waiting.popleft()
             begun = time.perf_counter()
             result = pipeline.process(images)
             if result is not None:
@@ -263,9 +263,9 @@ def _process(
 
     looked: int | None = None
 
-    def listen(until: int) -> None:
+    def advance_clock(until: int) -> None:
         """Advance the recorder's clock. As in the node, a pose reports a camera of a pair that has fallen silent."""
-        nonlocal looked, at_hand
+        nonlocal looked, processed_at
         if looked is None or until < looked:
             looked = until
         for _ in range(min((until - looked) // _LOOK, _MOST_LOOKS)):
@@ -273,7 +273,7 @@ def _process(
             alone = pipeline.watch(looked * 1e-9)
             if alone is not None:
                 process(looked)
-                at_hand = looked
+                processed_at = looked
                 pipeline.interrupt(alone)
         if until - looked >= _LOOK:
             looked = until
@@ -287,7 +287,7 @@ def _process(
     # disable=None: no progress bar if stderr is not a terminal
     with tqdm(total=cameras[0].num_images, desc="frames", unit="frame", disable=None, leave=False) as bar:
         for topic, _, recorded_at, message in read_messages(bag, wanted_types, report.remarks):
-            listen(recorded_at)
+            advance_clock(recorded_at)
             for side in infos.get(topic, ()):
                 pipeline.add_info(side, message)
             for side in masks.get(topic, ()):
@@ -344,7 +344,7 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
         raise type(error)(str(error).replace(str(place), str(path))) from error
     except OSError as error:  # a full disk does not report the file
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR) and target.exists():
-            raise BagError(f"{path}: was made by another program while this one ran; choose another name") from error
+            raise BagError(f"{path}: was created by another program while this one ran; choose another name") from error
         if str(folder) in map(str, (error.filename, error.filename2)):  # the user does not know the temporary folder
             raise OutputError(f"{path}: cannot be written to {target.parent}: {error.strerror}") from error
         if error.filename is not None:

@@ -17,7 +17,7 @@ from kpmatch_ros.geometry.pose import PoseStatus
 __all__ = ["Report"]
 
 
-_BARREN = 0.2  # fraction of frames with hardly a match above which the report says so
+_BARREN = 0.2  # fraction of frames with too few keypoints or matches above which the report says so
 
 
 @dataclass
@@ -150,8 +150,8 @@ class Report:
         """Add the faults that are known only at the end of the bag."""
         if self.barren > _BARREN * len(self.latencies):
             self.faults.append(
-                f"{self.barren} of {len(self.latencies)} frames have hardly a match; of the last of them: "
-                f"{self._barren_because}"
+                f"{self.barren} of {len(self.latencies)} frames have too few keypoints or matches for a pose; "
+                f"the last one: {self._barren_because}"
             )
         self.faults += self.remarks
         self.faults += [f"{self.without_partner[topic]} {why}" for topic, why in self._unpaired_because.items()]
@@ -229,13 +229,15 @@ class Report:
             )
         if self.odometry_breaks:
             again = _counted(self.odometry_breaks, "time")
-            rows.append(("odometry", f"begins again {again}: in frames of its own, odom_1 and on"))
+            rows.append(("odometry", f"restarted {again}; each restart uses a new frame: odom_1, odom_2, ..."))
         if self.breaks:
             again = _counted(self.breaks, "time")
-            rows.append(("chain", f"broken {again}: --poses joins the parts as if the camera had stood still there"))
+            rows.append(("chain", f"broken {again}: --poses joins the parts as if the camera had not moved there"))
         if self.chain_doubts:
-            likelier = _counted(self.chain_doubts, "step")
-            rows.append(("chain", f"{likelier} by the likelier of two motions (AMBIGUOUS), see --poses' comments"))
+            steps = _counted(self.chain_doubts, "step")
+            rows.append(
+                ("chain", f"{steps} AMBIGUOUS, with the likelier of two motions; see the comments in the --poses file")
+            )
         if self.readout is not None:
             rows.append(("readout", self.readout.in_words()))
         if self.rejections:

@@ -134,7 +134,7 @@ class SqliteFile:
                 yield found
 
     def _around_damage(
-        self, database: sqlite3.Connection, last: tuple[int, int], tell: Callable[[str, Exception], None]
+        self, database: sqlite3.Connection, last: tuple[int, int], report: Callable[[str, Exception], None]
     ) -> Iterator[tuple[int, int, int | None]]:
         """Yield time, row and channel of all messages after `last`, if the table or its index by time is damaged."""
         if not self._cut:
@@ -151,7 +151,7 @@ class SqliteFile:
                         yield time, row, _channel(database, row)
                 return
             except _DamageError as error:
-                tell("its table of messages, or the index of it,", error)
+                report("its table of messages, or the table's index,", error)
         rows, rest = array("q"), []
         with suppress(_DamageError):
             for time, row, channel in _in_table(database):
@@ -165,8 +165,8 @@ class SqliteFile:
         yield from sorted(rest)
 
     def _add_damage(self, what: str, error: Exception) -> None:
-        before = "no message was read before" if self._last is None else (
-            f"the last message that was read before is of {in_seconds(self._last)}"
+        before = "no message was read before that" if self._last is None else (
+            f"the last message read before that is at {in_seconds(self._last)}"
         )  # fmt: skip
         self.damage.append(f"{what} is damaged: {reason_of(error)}; {before}")
 

@@ -100,7 +100,7 @@ class BagWriter:
                         storage.abort()
                 raise
             if file is not None and not file.is_file():
-                raise FileNotFoundError(f"{file.name}, which holds its messages, is not there")
+                raise FileNotFoundError(f"{file.name}, which holds its messages, is missing")
 
     def __enter__(self) -> BagWriter:
         return self

@@ -28,35 +28,36 @@ def add_archive(commands: Any) -> None:
         "archive",
         _archive,
         "run the matcher on all bags below a folder, on this machine or on Ray, and write one table",
-        "Do what `kpmatch bag` does with every bag below a folder. A bag that was done before is not done again. One "
-        "that cannot be used is named and left out. The options for topics, parameters and what is "
-        "written are those of `kpmatch bag`, for all bags alike.",
+        "Replay every bag below a folder as `kpmatch bag` does. Finished bags are skipped. Bags that cannot be used "
+        "are reported and left out. The options for topics, parameters and outputs are those of `kpmatch bag`, and "
+        "apply to all bags.",
         "kpmatch archive recordings matched",
         "kpmatch archive recordings matched --ray local --cpus-per-bag 2",
         "kpmatch archive /data/recordings /data/matched --ray 10.0.0.1:6379 --gpus-per-bag 0.25",
     )
-    parser.add_argument("source", metavar="IN", type=Path, help="folder with bags in it, at any depth")
-    parser.add_argument("target", metavar="OUT", type=Path, help="folder to write, or to go on with")
+    parser.add_argument("source", metavar="IN", type=Path, help="folder with bags, at any depth")
+    parser.add_argument("target", metavar="OUT", type=Path, help="output folder, new or of an earlier run")
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="several bags at a time on Ray's workers: the address of a cluster, as ray.init takes it, or local for "
-        "this machine. Without it: one bag after the other on this machine (needs ray)",
+        help="replay several bags at a time on Ray's workers: the address of a cluster, as ray.init takes it, or local "
+        "for this machine (needs ray). Without it, this machine replays one bag after the other",
     )
     for kind, default in (("cpu", 1.0), ("gpu", 0.0)):
         parser.add_argument(
             f"--{kind}s-per-bag",
             metavar="X",
             type=_share,
-            help=f"{kind.upper()}s that Ray keeps for a bag, 0.25 say for four bags on one (default {default:g})",
+            help=f"{kind.upper()}s that Ray reserves for each bag; with 0.25, four bags share one "
+            f"(default {default:g})",
         )
     parser.add_argument(
-        "--poses", action="store_true", help="also write the chained poses of each bag, into its folder: poses.txt"
+        "--poses", action="store_true", help="also write the chained poses of each bag to poses.txt in its folder"
     )
     parser.add_argument(
         "--report",
         action="store_true",
-        help="also write a page for each bag, into its folder: report.html (needs plotly)",
+        help="also write an HTML page for each bag to report.html in its folder (needs plotly)",
     )
     add_replay_options(parser)
 
@@ -67,7 +68,7 @@ def _share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1024 or (value > 1 and value != int(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a part of one, nor a whole number up to 1024")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction from 0 to 1 nor a whole number up to 1024")
     return value
 
 
@@ -80,12 +81,14 @@ def _archive(options: argparse.Namespace) -> int:
     if not source.is_dir():
         raise CommandError(f"{options.source}: there is no such folder")
     if source == out or source in out.parents:
-        raise CommandError(f"{options.target}: lies in {options.source}, and would be read too; choose another place")
+        raise CommandError(f"{options.target}: is inside {options.source}, and would be read too; choose another place")
     for name in ("cpus_per_bag", "gpus_per_bag"):
         if options.ray is None and vars(options)[name] is not None:
-            raise CommandError(f"--{name.replace('_', '-')}: is Ray's to keep; give --ray too")
+            raise CommandError(f"--{name.replace('_', '-')}: applies only with --ray; give --ray too")
     if options.cpus_per_bag == 0 and not options.gpus_per_bag:
-        raise CommandError("--cpus-per-bag 0: Ray would begin all bags at once; give more, or --gpus-per-bag too")
+        raise CommandError(
+            "--cpus-per-bag 0: Ray would start all bags at once; give a larger number, or --gpus-per-bag too"
+        )
     parameters = replay_parameters(options)
     for name in WRITTEN:
         check_outputs({"": out / name}, [options.params], parameters)
@@ -131,10 +134,10 @@ def _archive(options: argparse.Namespace) -> int:
 def _end_early(waiting: str, write: Callable[[], list[Path]]) -> str:
     """Write the table of a run that is stopped early. Returns a text that says what the table lacks."""
     try:
-        text = f"{' and '.join(map(str, write()))} without them"
+        text = f"they are missing in {' and '.join(map(str, write()))}"
     except OSError as error:  # for example a full disk, which may be why the run stops
-        text = f"the table cannot be written: {error.strerror or error}; one of an earlier run may be there"
-    return f"{waiting} are not done yet, the same command goes on with them; {text}"
+        text = f"the table cannot be written: {error.strerror or error}; the table of an earlier run may still be there"
+    return f"{waiting} are not done yet; {text}; the same command continues with them"
 
 
 def _run(options: argparse.Namespace, jobs: list[Job], settings: Settings, rows: dict[str, Row]) -> None:
@@ -182,7 +185,7 @@ def _summary(rows: list[Row], before: int, seconds: float, tables: list[Path]) -
     def counts(counter: Counter[str]) -> str:
         return ", ".join(f"{name} {count}" for name, count in sorted(counter.items())) or "none"
 
-    earlier = f" ({before} of them before)" if before else ""
+    earlier = f" ({before} of them in an earlier run)" if before else ""
     others = "".join(f", {states[state]} {state}" for state in ("broken", "unsuitable", "failed") if states[state])
     no_parquet = "" if len(tables) > 1 else " (archive.parquet needs pyarrow, which is not installed)"
     return [

@@ -15,8 +15,8 @@ from kpmatch_ros.cli.common import (
     add_command,
     add_parameters,
     check_outputs,
-    tell_of_idle,
     utf8_path,
+    warn_of_idle,
 )
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.tables import format_table
@@ -54,11 +54,11 @@ def add_bag(commands: Any) -> None:
         commands,
         "bag",
         _bag,
-        "run the matcher on a bag, and write another bag with what the node would publish",
+        "run the matcher on a bag, and write a bag with the messages that the node would publish",
         "Run the matcher on a camera, or a stereo pair of cameras, in a bag (rosbag2: MCAP or sqlite3), every frame in "
-        "order, without ROS. The bag written holds /matches and /relative_pose, and in stereo /stereo_matches: the "
-        "node's messages for these frames with the images' stamps, and not the images. Options override the parameter "
-        "file; what neither names has the node's default.",
+        "order, without ROS. The output bag holds the node's messages for these frames, with the stamps of the images: "
+        "/matches and /relative_pose, and in stereo also /stereo_matches. It does not hold the images. Options "
+        "override the parameter file; parameters that neither sets have the node's defaults.",
         "kpmatch bag drive out --poses poses.txt",
         "kpmatch bag drive out --report drive.html",
         "kpmatch bag drive out --image /camera/image_raw --params matcher.yaml --device cuda",
@@ -72,27 +72,26 @@ def add_bag(commands: Any) -> None:
         "--poses",
         metavar="FILE",
         type=Path,
-        help="also write the chained poses, as TUM's text format has them (evo reads it): in metres in stereo; "
-        "of one camera the scale is arbitrary",
+        help="also write the chained poses in TUM's text format, which evo reads: in metres in stereo; with one "
+        "camera, the scale is arbitrary",
     )
     parser.add_argument(
         "--report",
         metavar="FILE.html",
         type=Path,
-        help="also write a page that any browser opens: trajectory, figures per frame, pictures of the matches (needs "
-        "plotly)",
+        help="also write an HTML page: trajectory, figures per frame, pictures of the matches (needs plotly)",
     )
     parser.add_argument(
         "--rerun",
         metavar="FILE.rrd",
         type=utf8_path,
-        help="also write the same for the Rerun viewer (needs rerun-sdk)",
+        help="also write a recording with the same content for the Rerun viewer (needs rerun-sdk)",
     )
     parser.add_argument(
         "--readout",
         action="store_true",
-        help="of one camera, also look for the readout_time of its rolling shutter that explains the matches best: for "
-        "a recording in which the camera turns",
+        help="with one camera, also search for the readout_time of its rolling shutter that explains the matches best; "
+        "the camera must turn in the recording",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     add_replay_options(parser)
@@ -101,30 +100,35 @@ def add_bag(commands: Any) -> None:
 def add_replay_options(parser: Parser) -> None:
     """Add the options that say what is replayed and how. `kpmatch bag` and `kpmatch archive` share them."""
     parser.add_argument(
-        "--image", metavar="TOPIC", help="images, compressed or not; not needed where the bag has one such topic"
+        "--image", metavar="TOPIC", help="images, compressed or not; not needed if the bag has only one such topic"
     )
     parser.add_argument(
-        "--camera-info", metavar="TOPIC", help="their calibration (default camera_info beside the image topic)"
+        "--camera-info",
+        metavar="TOPIC",
+        help="calibration of these images (default camera_info beside the image topic)",
     )
     for side in ("left", "right"):
         parser.add_argument(
             f"--{side}",
             metavar="TOPIC",
-            help=f"images of a stereo pair's {side} camera; not needed with --mode stereo where two topics are named "
+            help=f"images of a stereo pair's {side} camera; not needed with --mode stereo if two topics are named "
             "left and right, cam0 and cam1, or infra1 and infra2",
         )
     for side in ("left", "right"):
         parser.add_argument(
-            f"--{side}-info", metavar="TOPIC", help="their calibration (default camera_info beside the image topic)"
+            f"--{side}-info",
+            metavar="TOPIC",
+            help="calibration of these images (default camera_info beside the image topic)",
         )
     for option in ("mask-topic", "left-mask", "right-mask"):
         parser.add_argument(
             f"--{option}",
             metavar="TOPIC",
-            help="their masks, mono8, 0 where nothing is to be detected (default mask beside the image topic)",
+            help="masks of these images, mono8, 0 where nothing is to be detected (default mask beside the image "
+            "topic)",
         )
     parser.add_argument(
-        "--params", metavar="FILE", type=Path, help="ROS 2 parameter file like config/matcher.yaml, for /matcher"
+        "--params", metavar="FILE", type=Path, help="ROS 2 parameter file for /matcher, like config/matcher.yaml"
     )
     parser.add_argument("--features", action="store_true", help="also write /features, with the descriptors")
     parser.add_argument("--match-image", action="store_true", help="also write /match_image, pictures of the matches")
@@ -138,7 +142,7 @@ def _bag(options: argparse.Namespace) -> int:
 
     parameters = replay_parameters(options)
     if options.readout and parameters.mode == "stereo":
-        raise CommandError("--readout: is for one camera; name it with --image")
+        raise CommandError("--readout: works with one camera only; name it with --image")
     source = options.source
     outputs = {"--poses": options.poses, "--report": options.report, "--rerun": options.rerun}
     check_outputs(outputs, [options.params], parameters)
@@ -184,8 +188,10 @@ def replay_parameters(options: argparse.Namespace) -> Parameters:
         )
     _check_topic_options(given, parameters.mode)
     if options.landmarks and parameters.mode != "stereo":
-        raise CommandError("--landmarks: one camera knows no metres; name a stereo pair with --left and --right")
-    tell_of_idle(parameters, options.name)
+        raise CommandError(
+            "--landmarks: a single camera has no metric scale; name a stereo pair with --left and --right"
+        )
+    warn_of_idle(parameters, options.name)
     return parameters
 
 
@@ -201,4 +207,4 @@ def _check_topic_options(given: dict[str, Any], mode: str) -> None:
     for name in foreign:
         if given[name] is not None:
             option = f"--{name.replace('_', '-')}"
-            raise CommandError(f"{option} {given[name]}: the mode is {mode}, whose images are named with {own}")
+            raise CommandError(f"{option} {given[name]}: the mode is {mode}; name its images with {own}")

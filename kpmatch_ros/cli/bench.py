@@ -14,7 +14,7 @@ from kpmatch_ros.cli.common import (
     add_command,
     add_parameter,
     image_size,
-    tell_of_idle,
+    warn_of_idle,
     whole_number,
 )
 from kpmatch_ros.parameters import ParameterError, Parameters, declaration, profile_values
@@ -67,9 +67,9 @@ def add_bench(commands: Any) -> None:
         "bench",
         _bench,
         "measure the speed on this machine",
-        "Measure how long each step takes, on a still pair and on a sequence whose features are cached, by device, "
-        "precision, image size and number of keypoints; beside other implementations with the same weights, on the "
-        "same images, in turn, in the same process. Times are medians, in milliseconds.",
+        "Measure how long each step takes, for a pair of images and for a sequence whose features are cached, by "
+        "device, precision, image size and number of keypoints. --against also measures other implementations, in "
+        "alternation in the same process, with the same weights and images. Times are medians in milliseconds.",
         "kpmatch bench --keypoints 512,1024",
         "kpmatch bench --profile fast",
         "kpmatch bench --bag recording --against transformers --depth-confidence -1 --width-confidence -1",
@@ -79,16 +79,24 @@ def add_bench(commands: Any) -> None:
         "--keypoints",
         metavar="N,...",
         type=_list_of("max_keypoints"),
-        help="per image; fewer where the image has fewer above --keypoint-threshold (default 512,1024,2048,4096, or "
-        "the profile's)",
+        help="largest numbers of keypoints per image; an image may have fewer above --keypoint-threshold (default "
+        "512,1024,2048,4096, or the profile's)",
     )
-    parser.add_argument("--sizes", metavar="WxH,...", type=_sizes, default=[], help="of the images (default their own)")
+    parser.add_argument("--sizes", metavar="WxH,...", type=_sizes, default=[], help="image sizes (default: unchanged)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--images", metavar="FOLDER", type=Path, help="pictures, in the order of their names")
-    source.add_argument("--bag", metavar="BAG", type=Path, help="its first images; without both, those of the demo bag")
-    parser.add_argument("--image", metavar="TOPIC", default="", help="of the images in the bag")
+    source.add_argument(
+        "--images", metavar="FOLDER", type=Path, help="folder of pictures, taken in the order of their names"
+    )
+    source.add_argument(
+        "--bag", metavar="BAG", type=Path, help="bag whose first images are taken (default: the demo bag)"
+    )
+    parser.add_argument("--image", metavar="TOPIC", default="", help="topic of the images in the bag")
     parser.add_argument(
-        "--repeats", metavar="N", type=whole_number(1), default=8, help="measurements of each (default 8)"
+        "--repeats",
+        metavar="N",
+        type=whole_number(1),
+        default=8,
+        help="number of measurements of each time (default 8)",
     )
     parser.add_argument(
         "--against",
@@ -97,18 +105,18 @@ def add_bench(commands: Any) -> None:
         choices=PEERS,
         default=[],
         help="another implementation: transformers, lightglue (cvg's package), opencv (the networks in OpenCV 5's DNN "
-        "module), or xfeat (XFeat and LighterGlue as their authors have them); may be given again",
+        "module), or xfeat (the authors' implementation of XFeat and LighterGlue); may be repeated",
     )
     parser.add_argument(
         "--peer-precision",
         metavar="PRECISION,...",
         type=_list_of("precision"),
         default=["float32"],
-        help="number formats of the other implementations, each measured; auto is the one that this package takes "
+        help="number formats of the other implementations, all measured; auto is the one that this package uses "
         "(default float32)",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw time against keypoints (needs matplotlib)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures as JSON")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="plot time against keypoints (needs matplotlib)")
     group = parser.add_argument_group("matching options", "the matcher node's parameters of the same names")
     for name in ("device", "precision"):
         group.add_argument(
@@ -136,7 +144,7 @@ def _list_of(name: str) -> Any:
         except ParameterError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers with commas between them") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers separated by commas") from None
 
     return parse
 
@@ -152,7 +160,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     chosen = {name: getattr(options, name) for name in _BENCH_OPTIONS if hasattr(options, name)}
     parameters = Parameters.given(chosen)
-    tell_of_idle(parameters, options.name)
+    warn_of_idle(parameters, options.name)
     of_profile = profile_values(chosen.get("profile")).get("max_keypoints")
     run_bench(
         Request(

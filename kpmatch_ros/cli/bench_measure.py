@@ -40,7 +40,7 @@ from kpmatch_ros.parameters import ParameterError, Parameters, declarations
 from kpmatch_ros.runtime.device import choose_device, choose_precision, format_name
 from kpmatch_ros.runtime.processor import processor_name
 
-__all__ = ["forth_and_back", "in_turn", "run_bench"]
+__all__ = ["back_and_forth", "alternated", "run_bench"]
 
 _PERIOD = 100_000_000  # nanoseconds between two frames
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".webp")
@@ -149,7 +149,7 @@ def _check_files(request: Request) -> None:
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
         except ImportError as error:
-            raise CommandError(f"--plot draws with matplotlib ({error}): pip install matplotlib") from error
+            raise CommandError(f"--plot needs matplotlib ({error}): pip install matplotlib") from error
         if request.plot.suffix.lstrip(".").lower() not in FigureCanvasAgg.filetypes:
             raise CommandError(f"--plot {request.plot}: pictures are written as .png, .svg or .pdf")
 
@@ -175,12 +175,14 @@ def _films(request: Request) -> list[Film]:
     others = sum(size != of_images[0] for size in of_images)
     if others and not request.sizes:
         first = "{}x{}".format(*of_images[0])
-        print(f"kpmatch bench: {others} of {len(of_images)} images were brought to {first} pixels", file=sys.stderr)
+        print(f"kpmatch bench: {others} of {len(of_images)} images were resized to {first} pixels", file=sys.stderr)
     sizes = request.sizes or of_images[:1]
     for width, height in sizes:
         if width * height > LARGEST_IMAGE:
-            most = f"the {LARGEST_IMAGE / 1e6:.1f} million that the networks take"
-            raise CommandError(f"images of {width}x{height} pixels are more than {most}: --sizes makes them smaller")
+            most = f"the {LARGEST_IMAGE / 1e6:.1f} million that the networks accept"
+            raise CommandError(
+                f"images of {width}x{height} pixels are more than {most}: choose a smaller size with --sizes"
+            )
     return [film.resized(size) for size in sizes]
 
 
@@ -232,8 +234,8 @@ def _calibration(info: Any, size: tuple[int, int], rectified: bool) -> Camera | 
     return camera
 
 
-def forth_and_back(film: Sequence[Image]) -> Iterator[Image]:
-    """Yield the images for ever, forwards and backwards in turn, so that the sequence never jumps."""
+def back_and_forth(film: Sequence[Image]) -> Iterator[Image]:
+    """Yield the images for ever, forwards and backwards alternately, so that the sequence never jumps."""
     yield film[0]
     while True:
         yield from film[1:]
@@ -284,11 +286,11 @@ def _measure(
         peer.max_keypoints(count)
         _serve(peer, first, second)
     cuda = matcher.device.type == "cuda"
-    can_tell_memory = _forget_peak_memory(matcher.device) and not peers
+    measures_memory = _reset_peak_memory(matcher.device) and not peers
     pair_laps: list[Lap] = []
     peer_pairs: list[list[Served]] = [[] for _ in peers]
     for i in range(repeats):
-        for peer, served in in_turn([None, *peers], [[], *peer_pairs], i):
+        for peer, served in alternated([None, *peers], [[], *peer_pairs], i):
             if peer is None:
                 pair_laps.append(_timed(match_still)[1])
             else:
@@ -302,12 +304,12 @@ def _measure(
     without_pose: list[Lap] = []  # for the comparison: others estimate no pose. It runs on one thread: wall = CPU time
     pairs: list[Pair] = []
     peer_frames: list[list[Served]] = [[] for _ in peers]
-    images = forth_and_back(film.images)
+    images = back_and_forth(film.images)
     previous = next(images)
     front_end.register_frame(previous, 0, camera)
     for i in range(repeats):
         image, stamp = next(images), (i + 1) * _PERIOD
-        for peer, served in in_turn([None, *peers], [[], *peer_frames], i):
+        for peer, served in alternated([None, *peers], [[], *peer_frames], i):
             if peer is not None:
                 served.append(_serve(peer, previous, image))
                 continue
@@ -353,13 +355,13 @@ def _measure(
         frame_cpu=Spread.of([lap.cpu for lap in frame_laps]),
         pair=Spread.of([lap.wall for lap in pair_laps]),
         pair_cpu=Spread.of([lap.cpu for lap in pair_laps]),
-        resident_mb=_peak_memory() if can_tell_memory else None,
+        resident_mb=_peak_memory() if measures_memory else None,
         gpu_mb=torch.cuda.max_memory_allocated(matcher.device) / 1e6 if cuda else None,
         comparisons=[each for args in zip(peers, peer_pairs, peer_frames) for each in comparisons(*args)],
     )
 
 
-def in_turn(workers: Sequence[Any], results: Sequence[Any], turn: int) -> list[tuple[Any, Any]]:
+def alternated(workers: Sequence[Any], results: Sequence[Any], turn: int) -> list[tuple[Any, Any]]:
     """Pairs of worker and result, in reverse order every other turn.
 
     So heating and cooling of the machine affect all workers alike.
@@ -393,7 +395,7 @@ def _compare(peer: str, work: str, served: list[Served], theirs: list[Lap], ours
     )
 
 
-def _forget_peak_memory(device: torch.device) -> bool:
+def _reset_peak_memory(device: torch.device) -> bool:
     """Reset the counters of peak memory. Returns whether the peak of the process can be measured (only on Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -405,7 +407,7 @@ def _forget_peak_memory(device: torch.device) -> bool:
 
 
 def _peak_memory() -> float:
-    """Peak memory of the process in MB. It needs Linux: call it only if :func:`_forget_peak_memory` returned True."""
+    """Peak memory of the process in MB. It needs Linux: call it only if :func:`_reset_peak_memory` returned True."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM:"))
 

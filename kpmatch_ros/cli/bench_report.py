@@ -116,7 +116,7 @@ def report(rows: list[Row], machine: dict[str, Any], with_ros: bool) -> str:
         f"{machine['system']}",
         _setting(rows[0]),
         "",
-        "milliseconds, medians; a frame is one of a sequence, its reference's features cached; a pair is two images",
+        "times are medians in milliseconds; frame: of a sequence whose reference features are cached; pair: two images",
     ]
     stages = [name for name in STAGES if name in rows[0].stages]
     head = ["device", "precision", "image", "keypoints", "matches", "layers"]
@@ -133,15 +133,23 @@ def report(rows: list[Row], machine: dict[str, Any], with_ros: bool) -> str:
             cells.append("" if row.gpu_mb is None else f"{row.gpu_mb:.0f}")
         table.append(cells)
     lines.append(format_table(table, range(3, len(table[0]))))
-    lines.append("upload is a part of extract; decode is of JPEG and, like convert and publish, not in frame")
+    lines.append("upload is a part of extract; decode (of JPEG), convert and publish are not included in frame")
     if not all(row.calibrated for row in rows):
-        lines.append("the calibration was made up, as none is known: a pose takes more time where it is wrong")
+        lines.append(
+            "the calibration was made up, because none is known: with a wrong calibration, a pose takes more time"
+        )
     if any(row.comparisons for row in rows):
-        lines.append("refine was off, as others follow no tracks: without --against a frame takes more time")
+        lines.append(
+            "refine was off, because the others do not track points: without --against, a frame takes more time"
+        )
     if not with_ros:
         lines.append("publish was not measured: it needs ROS 2 and the built messages")
     if any(row.comparisons for row in rows):
-        lines += ["", "others, in turn with this package, without the pose; theirs over ours: median (quartiles)"]
+        lines += [
+            "",
+            "other implementations, measured in alternation with this package, without the pose; ratio of their time "
+            "to ours: median (quartiles)",
+        ]
         table = [["", "precision", "image", "keypoints", "work", "matches", "ms", "time ratio", "CPU time ratio"]]
         for row in rows:
             for one in row.comparisons:
@@ -204,8 +212,8 @@ def draw(path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("keypoints in an image")
-    axes.set_ylabel("milliseconds a frame")
+    axes.set_xlabel("keypoints per image")
+    axes.set_ylabel("milliseconds per frame")
     axes.set_title(f"{machine['processor']}, {machine['threads']} threads", fontsize=10)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8)

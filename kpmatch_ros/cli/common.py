@@ -36,7 +36,7 @@ __all__ = [
     "quiet_stderr",
     "read_image",
     "resized",
-    "tell_of_idle",
+    "warn_of_idle",
     "utf8_path",
     "whole_number",
     "write_picture",
@@ -102,7 +102,7 @@ def add_command(commands: Any, name: str, run: Any, summary: str, description: s
     return parser
 
 
-def tell_of_idle(parameters: Parameters, command: str) -> None:
+def warn_of_idle(parameters: Parameters, command: str) -> None:
     """Print on stderr which of the given parameters have no effect."""
     for text in parameters.idle():
         print(f"{command}: {text}", file=sys.stderr)
@@ -153,7 +153,7 @@ def comma_separated(*counts: int) -> Any:
             values = ()
         if len(values) not in counts:
             expected = " or ".join(str(count) for count in counts)
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected} numbers with commas between them")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected} numbers separated by commas")
         return values
 
     return parse
@@ -202,12 +202,10 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | No
         named = f"{option} {path}".lstrip()
         source = overwritten(path, sources)
         if source is not None:
-            raise CommandError(f"{named}: belongs to what is read ({source}); choose another name")
+            raise CommandError(f"{named}: belongs to the input {source}; choose another name")
         for other, place in taken.items():
             if overwritten(path, [place]) is not None:
-                raise CommandError(
-                    f"{named}: cannot hold two things, and {other} is written there; choose another name"
-                )
+                raise CommandError(f"{named}: is also written by {other}; choose another name")
         taken[option] = path
 
 
@@ -237,7 +235,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
             except cv2.error:  # for example a size beyond OpenCV's limit, or a codec that is switched off
                 pixels = None
     if pixels is None:
-        reason = "is empty" if not data else "is no image that OpenCV reads" if whole else "is cut short"
+        reason = "is empty" if not data else "is not an image that OpenCV can read" if whole else "is cut short"
         raise CommandError(f"{path} {reason}{', or it is damaged or cut short' if whole else ''}")
     return np.asarray(pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
 
@@ -279,7 +277,7 @@ def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
     with quiet_stderr():
         done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     if not done:
-        raise CommandError(f"{path}: OpenCV cannot make a {path.suffix} of this picture")
+        raise CommandError(f"{path}: OpenCV cannot write this picture as {path.suffix}")
     path.write_bytes(encoded.tobytes())
 
 

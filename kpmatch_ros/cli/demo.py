@@ -37,9 +37,9 @@ def add_demo(commands: Any) -> None:
         commands,
         "demo",
         _demo,
-        "run the whole node on a camera bag, and compare its poses with the truth",
+        "run the whole node on a camera bag, and compare its poses with the ground truth",
         "Start the matcher node as a process of its own, send it the camera bag that ships with the package over DDS, "
-        "receive what it publishes, and compare with the true motion. Needs ROS 2 and the built messages.",
+        "receive its messages, and compare its poses with the true motion. Needs ROS 2 and the built messages.",
         "kpmatch demo --out demo",
     )
     parser.add_argument(
@@ -47,7 +47,7 @@ def add_demo(commands: Any) -> None:
         metavar="FOLDER",
         type=Path,
         default=Path("demo"),
-        help="for the bag and the pictures; what an earlier demo left there is replaced (default demo)",
+        help="output folder for the bag and the pictures; files of an earlier demo in it are replaced (default demo)",
     )
     parser.add_argument("--frames", metavar="N", type=whole_number(2), default=12, help="images to send (default 12)")
 
@@ -126,7 +126,7 @@ def _load_ros() -> None:
                 f"({in_shell('kpmatch doctor')})"
             ) from error
         raise CommandError(
-            f"the demo runs a ROS 2 node, and ROS 2 is not here for {sys.executable} ({error}): source your ROS "
+            f"the demo runs a ROS 2 node, but ROS 2 is not installed for {sys.executable} ({error}): source your ROS "
             "installation, or run make demo in a checkout of kpmatch_ros, which installs ROS 2 into .venv/"
         ) from error
 
@@ -151,7 +151,7 @@ def _make_room(folder: Path) -> None:
             raise CommandError(str(error)) from error
     elif taken := next(filter(os.path.lexists, (bag, *files)), None):
         raise CommandError(
-            f"{taken}: is there already, and nothing shows that kpmatch demo made it; remove it, or choose another "
+            f"{taken}: exists already, and nothing shows that kpmatch demo made it; remove it, or choose another "
             "folder with --out"
         )
     for path in files:
@@ -208,7 +208,7 @@ class _Node:
         complaints = [line for line in lines if "[ERROR]" in line or "[FATAL]" in line]
         if self._process.poll() is not None or complaints:
             said = (complaints or lines[-1:] or ["nothing"])[0]
-            raise CommandError(f"the node cannot work; it said: {said} (all of it is in {self._log})")
+            raise CommandError(f"the node failed; its log says: {said} (the whole log is {self._log})")
 
 
 @contextlib.contextmanager
@@ -353,8 +353,8 @@ def _print_results(steps: list[Step], bag: Path, picture: Path | None, elapsed: 
     print(format_table(rows, right=range(1, 6)))
     print(
         f"\n{len(steps) + 1} frames of {said.width} x {said.height}, {said.extractor} with {said.matcher}, "
-        f"{elapsed:.0f} s in all.\n"
-        "Latency: from publishing an image to having its matches and its pose. Errors: against the bag's true motion."
+        f"{elapsed:.0f} s in total.\n"
+        "Latency: from publishing an image to receiving its matches and its pose. Errors: from the bag's true motion."
     )
     print(f"\npicture    {picture or 'none arrived'}\nbag        {bag}\nnode's log {bag.parent / _LOG}")
     if shutil.which("ros2"):
@@ -369,6 +369,6 @@ check this machine
   {in_shell("kpmatch doctor")}
 match two image files
   {in_shell(f"kpmatch match {first} {second} --save {pair}")}
-start the node for a camera of your own
+start the node for your own camera
   {node}"""
     )

@@ -44,8 +44,8 @@ def add_doctor(commands: Any) -> None:
         "doctor",
         _doctor,
         "check this machine, and say what to do about each fault",
-        "Check PyTorch, the GPU, OpenCV, the weights, ROS 2 and the build of the messages. Exit status 0 where what is "
-        "installed works, 2 where something is at fault. ROS 2 may be absent: the Python API does not need it.",
+        "Check PyTorch, the GPU, OpenCV, the weights, ROS 2 and the build of the messages. Exit status 0 if everything "
+        "that is installed works, 2 if there is a fault. ROS 2 may be absent: the Python API does not need it.",
         "kpmatch doctor",
     )
 
@@ -85,11 +85,15 @@ def run_doctor() -> bool:
         if finding.remedy:
             print(f"{'':<20}-> {finding.remedy}", flush=True)
     if counts[FAIL]:
-        print(f"\n{counts[FAIL]} at fault, {counts[WARN]} to know about")
+        print(f"\n{_counted(counts[FAIL], 'fault')}, {_counted(counts[WARN], 'warning')}")
     else:
-        print("\neverything needed works" + (f", {counts[WARN]} to know about" if counts[WARN] else ""))
+        print("\neverything needed works" + (f", {_counted(counts[WARN], 'warning')}" if counts[WARN] else ""))
     print(f"next: {_next_step(findings)}")
     return counts[FAIL] == 0
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _next_step(findings: list[Finding]) -> str:
@@ -97,7 +101,7 @@ def _next_step(findings: list[Finding]) -> str:
     again = in_shell("kpmatch doctor")
     for finding in findings:
         if finding.level == FAIL:
-            return f"mend {finding.subject} as said above, then {again}"
+            return f"fix {finding.subject} as described above, then {again}"
     if any(finding.level == OK and finding.subject == "node" for finding in findings):
         launch = "ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC"
         if shutil.which("ros2") is None:  # ROS from PyPI has no command ros2
@@ -129,7 +133,7 @@ def examine() -> Iterator[Finding]:
             text = f"{type(error).__name__}: {_first_line(error)}"
             remedy = ""
             if isinstance(error, ImportError):
-                text, remedy = f"not looked at: {_first_line(error)}", how_to_get(error.name or "")
+                text, remedy = f"not checked: {_first_line(error)}", how_to_get(error.name or "")
             yield Finding(FAIL, check.__name__.removeprefix("check_"), text, remedy)
 
 
@@ -151,14 +155,14 @@ def check_package() -> Iterator[Finding]:
         yield Finding(OK, "Python", text)
 
 
-_LOOKED_AT = ("cv2", "scipy", "torch", "rosbags.image")  # modules that have checks of their own
+_CHECKED_APART = ("cv2", "scipy", "torch", "rosbags.image")  # modules that have checks of their own
 
 
 def check_dependencies() -> Iterator[Finding]:
     """Check that the other packages can be imported; nothing else about them is checked."""
     lacking = False
     for each in DEPENDENCIES:
-        if each.module in _LOOKED_AT:
+        if each.module in _CHECKED_APART:
             continue
         try:
             importlib.import_module(each.module)
@@ -169,7 +173,7 @@ def check_dependencies() -> Iterator[Finding]:
                 text, level = f"{text}; without it {each.only_for} do not work", WARN
             yield Finding(level, each.pip, text, _remedy(error, each.module))
     if not lacking:
-        names = (each.pip for each in DEPENDENCIES if each.module not in _LOOKED_AT)
+        names = (each.pip for each in DEPENDENCIES if each.module not in _CHECKED_APART)
         yield Finding(OK, "packages", ", ".join(names))
 
 
@@ -197,8 +201,8 @@ def check_opencv() -> Iterator[Finding]:
         if decoded is None or decoded.shape != pixels.shape:
             broken.append(extension)
     if broken:
-        remedy = "install opencv-python-headless in place of this build"
-        yield Finding(FAIL, "OpenCV", f"{text}, cannot read its own {' and '.join(broken)}", remedy)
+        remedy = "install opencv-python-headless instead of this build"
+        yield Finding(FAIL, "OpenCV", f"{text}, cannot read the {' and '.join(broken)} that it writes", remedy)
     else:
         yield Finding(OK, "OpenCV", text)
 
@@ -231,7 +235,7 @@ def check_compiled_networks() -> Iterator[Finding]:
         return
     if compiled.transforms() and not compiled.available():
         parts = "SuperPoint and LightGlue" if compiled.in_float32() else "SuperPoint"
-        text = f"compiled, {compiled.LIBRARY.name}, {parts} in float32; in bfloat16 it takes AVX-512 that has it"
+        text = f"compiled, {compiled.LIBRARY.name}, {parts} in float32; in bfloat16 it needs AVX-512 with bfloat16"
         yield Finding(OK, "networks", text)
     else:
         yield _compiled_part("networks", compiled, "PyTorch", ", on the processor")
@@ -242,8 +246,10 @@ def _compiled_part(subject: str, compiled: Any, instead: str, where: str = "") -
     if compiled.available():
         return Finding(OK, subject, f"compiled, {compiled.LIBRARY.name}{where}")
     if compiled.LIBRARY.exists():
-        return Finding(WARN, subject, f"{instead}, {compiled.LIBRARY} does not fit", "build the package again")
-    return Finding(OK, subject, f"{instead}: the compiled part, which takes less time, is built by colcon and pip")
+        return Finding(
+            WARN, subject, f"{instead}, because {compiled.LIBRARY} is not compatible", "build the package again"
+        )
+    return Finding(OK, subject, f"{instead}; colcon and pip build a compiled part, which is faster")
 
 
 def check_pytorch() -> Iterator[Finding]:
@@ -264,7 +270,7 @@ def check_pytorch() -> Iterator[Finding]:
     text = f"auto means device {device}, {precision}"
     if device.type == "cpu" and disabled_features() & BFLOAT16:
         used = torch.backends.cpu.get_cpu_capability()
-        text += f": the processor has bfloat16, but PyTorch is limited to the vectors {used}"
+        text += f": the processor has bfloat16, but PyTorch is limited to the instruction set {used}"
         yield Finding(WARN, "precision", text, "unset ATEN_CPU_CAPABILITY, unless you want that limit")
     else:
         yield Finding(OK, "precision", text)
@@ -284,14 +290,14 @@ def check_gpu(torch: Any) -> Finding:
             torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
         except RuntimeError as error:
             remedy = "install a PyTorch that was built for this GPU, or set device to cpu"
-            return Finding(FAIL, "GPU", f"{text}, but it computes nothing: {_first_line(error)}", remedy)
+            return Finding(FAIL, "GPU", f"{text}, but a test computation on it fails: {_first_line(error)}", remedy)
         return Finding(OK, "GPU", text)
     if not present:
         return Finding(OK, "GPU", "none; the networks run on the processor")
     if torch.version.cuda is None:
         remedy = "install a PyTorch built for CUDA (on a Jetson, NVIDIA's) to use it"
-        return Finding(WARN, "GPU", f"there is one, but PyTorch {torch.__version__} is built for the processor", remedy)
-    remedy = "compare nvidia-smi's driver and CUDA version with PyTorch's; in a container, pass the GPU on (--gpus all)"
+        return Finding(WARN, "GPU", f"there is one, but PyTorch {torch.__version__} is a build without CUDA", remedy)
+    remedy = "compare nvidia-smi's driver and CUDA version with PyTorch's; in a container, give it the GPU (--gpus all)"
     return Finding(WARN, "GPU", f"there is one, but PyTorch (CUDA {torch.version.cuda}) cannot use it", remedy)
 
 
@@ -306,7 +312,7 @@ def check_weights() -> Iterator[Finding]:
         if here.fault:
             yield Finding(FAIL, "weights", here.fault, here.remedy)
         else:
-            checked = "hash right" if weights.expected_hash(item) else "no hash to check"
+            checked = "hash correct" if weights.expected_hash(item) else "no hash to check"
             size = f"{item.file.stat().st_size / 1e6:.1f} MB"
             yield Finding(OK, "weights", f"{item.name}: {size}, {checked}, {item.terms}")
 
@@ -329,10 +335,10 @@ def check_networks() -> Iterator[Finding]:
     matches = matcher.match(features, features).numpy()
     taken = (time.perf_counter() - started) * 1e3
     itself = np.asarray(matches.indices)
-    right = int((itself[:, 0] == itself[:, 1]).sum())
-    text = f"loaded in {loading:.1f} s; describing and matching a 320 x 240 image takes {taken:.0f} ms"
-    if len(features) == 0 or right < 0.8 * len(features):
-        text += f", but only {right} of {len(features)} keypoints match themselves"
+    correct = int((itself[:, 0] == itself[:, 1]).sum())
+    text = f"loaded in {loading:.1f} s; extracting and matching a 320 x 240 image takes {taken:.0f} ms"
+    if len(features) == 0 or correct < 0.8 * len(features):
+        text += f", but only {correct} of {len(features)} keypoints match themselves"
         yield Finding(FAIL, "networks", text, "try precision float32; if that helps, report it with these lines")
     else:
         yield Finding(OK, "networks", text)
@@ -359,17 +365,19 @@ def check_ros() -> Iterator[Finding]:
     wanted = os.environ.get("RMW_IMPLEMENTATION", "the default")
     remedy = "install that middleware (ros-$ROS_DISTRO-rmw-...), or unset RMW_IMPLEMENTATION"
     if ended:
-        text = f"{wanted} does not load, {answers['rmw']['value']} does without RMW_IMPLEMENTATION: {ended}"
+        text = f"{wanted} does not load ({ended}); without RMW_IMPLEMENTATION, {answers['rmw']['value']} does"
         yield Finding(FAIL, "middleware", text, remedy)
     elif "error" in answers["rmw"]:
         yield Finding(FAIL, "middleware", f"{wanted} does not load: {_first_line(answers['rmw']['error'])}", remedy)
     else:
         yield Finding(OK, "middleware", answers["rmw"]["value"])
     if "error" in answers["start"]:
-        remedy = "correct what this names; for the logs, set ROS_LOG_DIR to a folder that this user may write to"
+        remedy = (
+            "correct what this error names; if it is the logs, set ROS_LOG_DIR to a folder that this user may write to"
+        )
         yield Finding(FAIL, "start", f"ROS cannot start: {_first_line(answers['start']['error'])}", remedy)
     elif fault := domain_fault(domain, answers["rmw"].get("value", "")):
-        yield Finding(FAIL, "start", f"no node can start: {fault}", "set ROS_DOMAIN_ID to one of these")
+        yield Finding(FAIL, "start", f"no node can start: {fault}", "set ROS_DOMAIN_ID to an allowed value")
     yield _messages(answers)
     yield _converter(answers["converter"])
     yield _executable(answers)
@@ -390,7 +398,7 @@ def _no_rclpy(answer: dict[str, str]) -> Finding:
     installed = sorted(Path("/opt/ros").glob("*/setup.bash"))
     if answer["error"] == "ModuleNotFoundError: No module named 'rclpy'":
         remedy = f". {installed[-1]}" if installed and "ROS_DISTRO" not in os.environ else "install ROS 2 for the node"
-        text = "not here for this Python; the Python API and kpmatch match work without it, the node does not"
+        text = "not installed for this Python; the Python API and kpmatch match work without it, the node does not"
         return Finding(WARN, "ROS 2", text, remedy)
     remedy = (
         "use the Python version that this ROS was built for, a virtual environment with --system-site-packages, and a "
@@ -409,7 +417,7 @@ def _messages(answers: dict[str, Any]) -> Finding:
         used = Path(answers["package"].get("value", "")).parent
         if problem["type"] == "ModuleNotFoundError" and Path(prefix) not in used.parents:
             text = f"the Python package at {used} hides the one with the messages in {prefix}"
-            return Finding(FAIL, "messages", text, "pip uninstall kpmatch_ros, or source the workspace after all else")
+            return Finding(FAIL, "messages", text, "pip uninstall kpmatch_ros, or source the workspace last")
         text = f"built in {prefix}, but not usable: {_first_line(problem['error'])}"
         return Finding(FAIL, "messages", text, "remove build/ and install/, and " + build)
     manifest = Path(prefix or "", "share", "kpmatch_ros", "package.xml")
@@ -427,7 +435,7 @@ def _converter(answer: dict[str, Any]) -> Finding:
         return Finding(FAIL, "converter", _first_line(answer["error"]), numpy_clash("cv2") or remedy)
     module, faults = answer["value"]
     if not module:
-        text = f"none: Bayer and YUV images will be refused, mono8, rgb8 and the like work ({faults[:200]})"
+        text = f"none: Bayer and YUV images will be refused; mono8, rgb8 and similar encodings work ({faults[:200]})"
         return Finding(WARN, "converter", text, remedy)
     return Finding(OK, "converter", f"{module.split('.')[0]}, for Bayer and YUV images")
 
@@ -462,10 +470,10 @@ def _executable(answers: dict[str, Any]) -> Finding:
         return Finding(FAIL, "node", f"{script} runs {python}, which fails: {said}", "repair that Python")
     lacking = json.loads(process.stdout)
     if not lacking:
-        return Finding(OK, "node", f"ros2 run starts it with {python}, which has everything")
-    remedy = how_to_install("what is missing")
+        return Finding(OK, "node", f"ros2 run starts it with {python}, which has all that the node needs")
+    remedy = how_to_install("the missing packages")
     if Path(python).resolve() != Path(sys.executable).resolve() or sys.prefix != sys.base_prefix:
         remedy = f". {sys.prefix}/bin/activate before ros2 run and ros2 launch"
         if not is_externally_managed():
-            remedy += f", or {python} -m pip install what is missing"
+            remedy += f", or {python} -m pip install the missing packages"
     return Finding(FAIL, "node", f"ros2 run starts it with {python}, which lacks {', '.join(lacking)}", remedy)

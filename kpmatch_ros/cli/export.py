@@ -60,26 +60,33 @@ def add_export(commands: Any) -> None:
         "write the networks as ONNX graphs for other runtimes",
         "Write OUT/extractor.onnx (SuperPoint's dense part, without the selection of keypoints), OUT/matcher.onnx "
         "(LightGlue or SuperGlue with all layers) and OUT/export.json, which describes them, in float32. Then match "
-        "images by PyTorch and by ONNX Runtime, and compare.",
+        "images with PyTorch and with ONNX Runtime, and compare the results.",
         "kpmatch export onnx --keypoints 1024 --size 640x480",
         "kpmatch export onnx --dynamic --images a.png b.png",
     )
-    parser.add_argument("target", metavar="OUT", type=utf8_path, help="folder to write; it must not exist, or be empty")
+    parser.add_argument("target", metavar="OUT", type=utf8_path, help="output folder; it must be empty or not exist")
     parser.add_argument(
-        "--keypoints", metavar="N", type=whole_number(1), help="places in each image (default: those of the profile)"
+        "--keypoints",
+        metavar="N",
+        type=whole_number(1),
+        help="number of keypoints per image in the graph (default: that of the profile)",
     )
     parser.add_argument(
-        "--size", metavar="WxH", type=image_size, default=(640, 480), help="of the images, pixels (default 640x480)"
+        "--size", metavar="WxH", type=image_size, default=(640, 480), help="image size, pixels (default 640x480)"
     )
     parser.add_argument(
         "--dynamic",
         action="store_true",
-        help="leave the numbers of images, pairs and keypoints and the images' size free; --keypoints and --size are "
-        "then those of the check",
+        help="leave the numbers of images, pairs and keypoints and the image size variable; --keypoints and --size "
+        "then apply to the check only",
     )
     check = parser.add_mutually_exclusive_group()
     check.add_argument(
-        "--images", metavar=("A", "B"), nargs=2, type=Path, help="to check with (default: frames of the demo bag)"
+        "--images",
+        metavar=("A", "B"),
+        nargs=2,
+        type=Path,
+        help="images for the check (default: frames of the demo bag)",
     )
     check.add_argument("--no-check", action="store_true", help="do not compare with PyTorch")
     add_parameters(parser, "matching options", _OPTIONS)
@@ -124,10 +131,10 @@ def _export(options: argparse.Namespace) -> int:
     print(f"parity     {said}")
     if parity.share < _LEAST_SHARE:
         raise CommandError(
-            f"only {100 * parity.share:.2f} % of the matches are those of PyTorch, at least {100 * _LEAST_SHARE:g} % "
-            f"should be: do not use {target}"
+            f"only {100 * parity.share:.2f} % of the matches agree with PyTorch, but at least {100 * _LEAST_SHARE:g} % "
+            f"should: do not use {target}"
             if parity.total
-            else f"there is no match in the images to compare, so {target} is not checked: name others with --images"
+            else f"the images have no matches to compare, so {target} is not checked: choose others with --images"
         )
     return 0
 

@@ -81,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         text = " ".join(f"{type(error).__name__}: {error}".split())
         print(
-            f"{options.name}: an unexpected fault, {text:.300}; with KPMATCH_TRACEBACK=1 it says where: please report "
-            "it with its input",
+            f"{options.name}: an unexpected error, {text:.300}; KPMATCH_TRACEBACK=1 shows where: please report it "
+            "with the input",
             file=sys.stderr,
         )
         return 2
@@ -131,7 +131,7 @@ def _build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"kpmatch_ros {kpmatch_ros.__version__}")
     commands = parser.add_subparsers(
-        title="commands", description="The first four are those to begin with.", metavar="COMMAND", required=True
+        title="commands", description="Start with the first four.", metavar="COMMAND", required=True
     )
     add_match(commands)
     add_bag(commands)

@@ -21,7 +21,7 @@ from kpmatch_ros.cli.common import (
     check_outputs,
     comma_separated,
     read_image,
-    tell_of_idle,
+    warn_of_idle,
     write_picture,
 )
 from kpmatch_ros.parameters import Parameters, declaration
@@ -50,44 +50,49 @@ def add_match(commands: Any) -> None:
         "kpmatch match a.jpg b.jpg",
         "kpmatch match a.jpg b.jpg --intrinsics 520,521,322,236 --distortion -0.2,0.05,0,0 --json",
     )
-    parser.add_argument("image_a", metavar="A", type=Path, help="reference image: JPEG, PNG, or what else OpenCV reads")
+    parser.add_argument(
+        "image_a", metavar="A", type=Path, help="reference image: JPEG, PNG, or another format that OpenCV reads"
+    )
     parser.add_argument("image_b", metavar="B", type=Path, help="current image")
     parser.add_argument(
-        "--intrinsics", metavar="FX,FY,CX,CY", type=comma_separated(4), help="of the camera, pixels; gives the pose too"
+        "--intrinsics",
+        metavar="FX,FY,CX,CY",
+        type=comma_separated(4),
+        help="intrinsics of the camera, pixels; with them the pose is estimated too",
     )
     parser.add_argument(
         "--intrinsics1",
         metavar="FX,FY,CX,CY",
         type=comma_separated(4),
-        help="of the camera of B, where it is another one",
+        help="intrinsics of B's camera, if it is another camera",
     )
     parser.add_argument(
         "--distortion",
         metavar="K1,K2,P1,P2[,K3]",
         type=comma_separated(4, 5, 8, 12, 14),
-        help="of the lens, as in camera_info; needs --intrinsics",
+        help="coefficients of the lens, as in camera_info; needs --intrinsics",
     )
     parser.add_argument(
         "--distortion-model",
         metavar="MODEL",
-        help="of --distortion: plumb_bob (the default), rational_polynomial (8, 12 or 14 numbers) or equidistant (a "
-        "fisheye lens, 4)",
+        help="model of --distortion: plumb_bob (the default), rational_polynomial (8, 12 or 14 numbers) or equidistant "
+        "(a fisheye lens, 4)",
     )
     parser.add_argument(
         "--save",
         metavar="FILE",
         type=Path,
-        help="where to draw the matches: .png, .jpg, ... (default A_B_matches.png in this folder, with the names of "
-        "both files; with --json no picture)",
+        help="picture of the matches to write: .png, .jpg, ... (default A_B_matches.png in this folder, with the names "
+        "of both files; with --json no picture)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
+    parser.add_argument("--json", action="store_true", help="print all results as one JSON object")
     add_parameters(parser, "matching options", MATCHING_OPTIONS)
 
 
 def _match(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in vars(options).items() if name in MATCHING_OPTIONS}
     parameters = Parameters.given({**chosen, "refine": False})
-    tell_of_idle(parameters, options.name)
+    warn_of_idle(parameters, options.name)
     if options.intrinsics is None and (options.intrinsics1 is not None or options.distortion is not None):
         given = "--intrinsics1" if options.intrinsics1 is not None else "--distortion"
         raise CommandError(f"{given} needs --intrinsics too")
@@ -97,7 +102,7 @@ def _match(options: argparse.Namespace) -> int:
     if picture is None and not options.json:
         picture = Path(f"{options.image_a.stem}_{options.image_b.stem}_matches.png")
         if len(os.fsencode(picture)) > os.pathconf(".", "PC_NAME_MAX"):
-            raise CommandError(f"{picture}: is too long for a file's name; name one with --save")
+            raise CommandError(f"{picture}: is too long for a file name; choose one with --save")
     elif picture is not None:
         _check_picture_file(picture)
     image_a, image_b = read_image(options.image_a), read_image(options.image_b)
@@ -134,7 +139,7 @@ def _match(options: argparse.Namespace) -> int:
 def _next_command(options: argparse.Namespace) -> str:
     """The command to suggest next: the same with the relative pose, or if that was given, a recording."""
     if options.intrinsics is None:
-        return f"{in_shell(f'kpmatch {shlex.join(options.words)} --intrinsics FX,FY,CX,CY')}  (the relative pose too)"
+        return f"{in_shell(f'kpmatch {shlex.join(options.words)} --intrinsics FX,FY,CX,CY')}  (adds the relative pose)"
     return f"{in_shell('kpmatch bag BAG OUT --report report.html')}  (the same for a recording)"
 
 
@@ -161,8 +166,8 @@ def _fitting(parameters: Parameters, images: dict[Path, NDArray[np.uint8]], comm
             width, height = resized_size(*sizes[path], parameters.resize)
             given += f", {width} x {height} with --resize {parameters.resize}"
         print(
-            f"{command}: {path} is {given}, more than the {LARGEST_IMAGE / 1e6:.1f} million pixels that the networks "
-            f"take: matched with --resize {longest}",
+            f"{command}: {path} has {given}, more than the {LARGEST_IMAGE / 1e6:.1f} million pixels that the networks "
+            f"accept: matched with --resize {longest}",
             file=sys.stderr,
         )
     return parameters.replace({"resize": longest})
@@ -219,10 +224,10 @@ def _summary(pair: Pair, parameters: Parameters, milliseconds: float) -> str:
         f"matches    {_figures_of(pair)} ({parameters.matcher})",
     ]
     if pair.smeared is not None:
-        lines.append(f"blur       {'AB'[pair.smeared]}, over tens of pixels: nothing tells where its points are")
+        lines.append(f"blur       {'AB'[pair.smeared]}, by tens of pixels: its points cannot be located")
     if pair.current.camera is not None:
         lines += [f"pose       {line}" if n == 0 else f"           {line}" for n, line in enumerate(_pose_of(pair))]
-    lines.append(f"time       {milliseconds:.0f} ms for both images, the first run of the networks included")
+    lines.append(f"time       {milliseconds:.0f} ms for both images, including the first run of the networks")
     return "\n".join(lines)
 
 

@@ -34,11 +34,11 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
-    if not isinstance(sys.stderr, _Unheard):
-        sys.stderr = _Unheard(sys.stderr)  # type: ignore[assignment]
+    if not isinstance(sys.stderr, _BestEffortStream):
+        sys.stderr = _BestEffortStream(sys.stderr)  # type: ignore[assignment]
 
 
-class _Unheard:
+class _BestEffortStream:
     """A text stream that ignores OSErrors: a message about the work must not end the work if nobody can read it."""
 
     def __init__(self, stream: TextIO) -> None:

@@ -19,21 +19,26 @@ def add_weights(commands: Any) -> None:
     parser = commands.add_parser(
         "weights",
         help="list, fetch, inspect and convert weights",
-        description="The weights of the networks: what is known by name, its licence, size and origin.",
+        description="Registered weights of the networks, with their licence, size and origin.",
         epilog=f"example:\n  {in_shell('kpmatch weights list')}",
     )
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_command(
-        actions, "list", _weights_list, "weights known by name", "The weights known by name.", "kpmatch weights list"
+        actions,
+        "list",
+        _weights_list,
+        "list the registered weights",
+        "List the registered weights.",
+        "kpmatch weights list",
     )
     fetch = add_command(
         actions,
         "fetch",
         _weights_fetch,
         "fetch registered weights",
-        "Fetch registered weights, unless they are here, and check their hash. Their licence is shown first. Those of "
-        "the Hugging Face hub go into its own cache, by way of huggingface_hub, the others to $KPMATCH_WEIGHTS, or to "
-        "kpmatch_ros in the user's cache folder.",
+        "Fetch registered weights, unless they are on this machine, and check their hash. Their licence is shown "
+        "first. Weights from the Hugging Face hub go into its own cache, through huggingface_hub; others go to "
+        "$KPMATCH_WEIGHTS, or to kpmatch_ros in the user's cache folder.",
         "kpmatch weights fetch aliked-n16",
         "kpmatch weights fetch ETH-CVG/lightglue_disk",
     )
@@ -42,8 +47,8 @@ def add_weights(commands: Any) -> None:
         actions,
         "info",
         _weights_info,
-        "what is known of weights, and what is in them",
-        "What is known of weights, and what is in them. Reading them never runs code from a file.",
+        "show the origin, licence and content of weights",
+        "Show the origin, licence and content of weights. Reading them never runs code from a file.",
         "kpmatch weights info superpoint-open",
         "kpmatch weights info superpoint_lightglue.pth",
     )
@@ -55,8 +60,8 @@ def add_weights(commands: Any) -> None:
         "write weights in another format",
         "Write weights in another format. IN is a registered name, a Hugging Face folder, a .safetensors file or a "
         ".pth of the networks' authors. OUT becomes a Hugging Face folder (config.json, model.safetensors), which "
-        "transformers loads too where it has the network; if it ends in .safetensors, a file with one network. A "
-        "matcher's folder holds its extractor too: for a matcher without one, name it with --extractor.",
+        "transformers can load too if it has the network; if OUT ends in .safetensors, a file with one network. A "
+        "matcher's folder holds its extractor too: if IN has none, name it with --extractor.",
         "kpmatch weights convert superpoint_v1.pth superpoint",
         "kpmatch weights convert superpoint_lightglue.pth lightglue --extractor superpoint_v1.pth",
     )
@@ -122,7 +127,7 @@ def _weights_info(options: argparse.Namespace) -> int:
             ("hash", _hash_note(one)),
         ]
     if not known:
-        rows.append(("licence", "unknown: this file is not registered, ask where it came from"))
+        rows.append(("licence", "unknown: this file is not registered; ask its source"))
     print(format_table(rows))
     for network in networks:
         rows = [
@@ -139,8 +144,8 @@ def _hash_note(item: weights.Weights) -> str:
     if item.sha256:
         return f"registered: {item.sha256}"
     if weights.presence(item).word == "yes" and weights.expected_hash(item):
-        return "none registered: the hub's revision of the day; the file is as the hub sent it"
-    return "none registered: the hub's revision of the day"
+        return "none registered: the hub's current revision; the file has the hub's own hash"
+    return "none registered: the hub's current revision"
 
 
 def _weights_convert(options: argparse.Namespace) -> int:
