@@ -154,7 +154,7 @@ class Parameters:
     ratio_threshold: float = _parameter(
         1.0,
         "with matcher 'nearest': ratio test, the largest ratio of the distances to the nearest and to the "
-        "second-nearest descriptor; 1 disables the test",
+        "second nearest descriptor; 1 disables the test",
         minimum=0.0,
         maximum=1.0,
         dynamic=True,
