@@ -258,8 +258,8 @@ class Parameters:
     )
     rectified: bool = _parameter(
         False,
-        "whether the images are already rectified: true uses the projection matrix P of camera_info and no "
-        "distortion, false uses K and D",
+        "whether the images are already rectified: true uses the projection matrix P of camera_info and no distortion; "
+        "false corrects the lens distortion",
     )
     max_reprojection_error: float = _parameter(
         1.0,
