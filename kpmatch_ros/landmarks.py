@@ -13,7 +13,7 @@ from kpmatch_ros.tracking.tracks import NOT_DETECTED
 
 __all__ = ["Landmarks", "landmarks_of", "triangulate"]
 
-_LEAST_SIGNIFICANCE = 3.0  # a point has a position if its inverse depth exceeds this many of its standard deviations
+_FROM_INFINITY = 3.0  # a point has a position if its inverse depth exceeds this many of its standard deviations
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def triangulate(
     found = StereoPoints.of(np.asarray(left, np.float64), np.asarray(right, np.float64), camera)
     x, y, inverse_depth = found.points
     spread = found.inverse_depth_sigmas() * pixel_sigmas
-    known = found.deep & (inverse_depth > _LEAST_SIGNIFICANCE * spread)
+    known = found.deep & (inverse_depth > _FROM_INFINITY * spread)
     inverse_depth = np.where(known, inverse_depth, np.nan)
     rays = np.stack([x, y, np.ones_like(x)], axis=1)
     sigmas = np.linalg.norm(rays, axis=1) * spread / inverse_depth**2

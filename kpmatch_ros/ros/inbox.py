@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Generic, NamedTuple, TypeVar
 
-__all__ = ["Inbox", "Remaining"]
+__all__ = ["Inbox", "Left"]
 
 Item = TypeVar("Item")
 Request = TypeVar("Request")
@@ -14,7 +14,7 @@ Request = TypeVar("Request")
 _MOST_REQUESTS = 16  # waiting requests
 
 
-class Remaining(NamedTuple, Generic[Request]):
+class Left(NamedTuple, Generic[Request]):
     """The items and requests that were waiting when an inbox was closed. Items are only counted."""
 
     items: int
@@ -105,11 +105,11 @@ class Inbox(Generic[Item, Request]):
     def _has_item(self) -> bool:
         return bool(self._items) or self._last is not None
 
-    def close(self) -> Remaining[Request]:
+    def close(self) -> Left[Request]:
         """Close the inbox: wake the waiting thread, refuse new items and requests, and return what was waiting."""
         with self._changed:
             self._closed = True
-            left = Remaining(len(self._items), list(self._requests))
+            left = Left(len(self._items), list(self._requests))
             self._items.clear()
             self._last = None
             self._requests.clear()
