@@ -226,7 +226,7 @@ def frame_fault(child: str, frame: str, transforms: StaticTransforms | None = No
     Args:
         child: child frame of the odometry.
         frame: the odometry frame.
-        transforms: the transforms of /tf_static; None if nothing is published into TF.
+        transforms: the transforms of /tf_static; None if nothing is published to TF.
     """
     if not frame_name(child):
         return (
