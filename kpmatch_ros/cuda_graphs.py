@@ -27,7 +27,7 @@ from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.lightglue import PendingBool
 from kpmatch_ros.models.lightglue_layers import Points
 
-__all__ = ["SIZES", "CudaGraphs", "Recording", "batch_is_small", "places_for"]
+__all__ = ["SIZES", "CudaGraphs", "Recording", "batch_is_small", "padded_size"]
 
 SIZES = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of keypoints that recordings are made for
 
@@ -166,7 +166,7 @@ class CudaGraphs:
         if isinstance(network, (LightGlue, SuperGlue)):
             image0, image1 = inputs
             counts = image0.num_keypoints, image1.num_keypoints
-            size = places_for(max(counts))
+            size = padded_size(max(counts))
             # Only single pairs without masks are recorded: small batches are passed pair by pair, without masks.
             has_mask = image0.mask is not None or image1.mask is not None
             if len(image0.keypoints) > 1 or has_mask or min(counts) == 0 or size is None:
@@ -203,7 +203,7 @@ class _CannotRecord(Exception):
     """A recording failed."""
 
 
-def places_for(count: int) -> int | None:
+def padded_size(count: int) -> int | None:
     """Return the smallest of :data:`SIZES` that is at least ``count``; None if all are smaller."""
     return next((size for size in SIZES if size >= count), None)
 
@@ -244,7 +244,7 @@ class _RecordedExtractor(_Recorded):
         return Detections(*(tensor.clone() for tensor in self._found))
 
 
-class _Places:
+class _PaddedFeatures:
     """The memory from which recordings read an image's features, with ``size`` places for keypoints.
 
     Args:
@@ -297,7 +297,7 @@ class _RecordedSuperGlue(_Recorded):
         self, network: SuperGlue, image0: ImageFeatures, image1: ImageFeatures, size: int, padded: bool, record: Record
     ) -> None:
         self._network = network
-        self._places = [_Places(image, size, padded) for image in (image0, image1)]
+        self._places = [_PaddedFeatures(image, size, padded) for image in (image0, image1)]
         places0, places1 = (places.features for places in self._places)
         self._masks = places0.mask, places1.mask
         self._replay, self._states = record(lambda: network.states(places0, places1))
@@ -326,7 +326,7 @@ class _RecordedLightGlue(_Recorded):
         self, network: LightGlue, image0: ImageFeatures, image1: ImageFeatures, size: int, padded: bool, record: Record
     ) -> None:
         self._network, self._record = network, record
-        self._places = [_Places(image, size, padded) for image in (image0, image1)]
+        self._places = [_PaddedFeatures(image, size, padded) for image in (image0, image1)]
         self._stops = network.depth_confidence > 0
         self._recorded: dict[Hashable, tuple[Callable[[], None], Outputs]] = {}
         if self._stops:
@@ -344,16 +344,16 @@ class _RecordedLightGlue(_Recorded):
             places.fill(image)
         count0, count1 = image0.num_keypoints, image1.num_keypoints
         if not self._stops:
-            found = self._run("all", self._work_of_all)
+            found = self._run("all", self._match_all)
             return _unpadded(found, count0, count1)
-        self._run("encode", self._work_of_encoding)
+        self._run("encode", self._encode_to_buffers)
         return _unpadded(self._run_assignment(self._run_layers()), count0, count1)
 
     def record_all(self) -> None:
         if not self._stops:
-            self._run("all", self._work_of_all)
+            self._run("all", self._match_all)
             return
-        self._run("encode", self._work_of_encoding)
+        self._run("encode", self._encode_to_buffers)
         for layer in range(len(self._network.transformer_layers)):
             self._run_layer(layer)
             self._run_assignment(layer + 1)
@@ -379,10 +379,10 @@ class _RecordedLightGlue(_Recorded):
         return last
 
     def _run_layer(self, layer: int) -> None:
-        self._run(layer, partial(self._work_of_layer, layer))
+        self._run(layer, partial(self._layer_to_buffers, layer))
 
     def _run_assignment(self, layers: int) -> Outputs:
-        return self._run(("assign", layers), partial(self._work_of_assigning, layers))
+        return self._run(("assign", layers), partial(self._assign, layers))
 
     def _encode(self) -> list[Points]:
         return [self._network.encode(places.features) for places in self._places]
@@ -395,17 +395,17 @@ class _RecordedLightGlue(_Recorded):
             for x, rotation, places in zip(self._states[place], self._rotations, self._places)
         ]
 
-    def _work_of_all(self) -> Outputs:
+    def _match_all(self) -> Outputs:
         places0, places1 = self._places
         return tuple(self._network.match_all(places0.features, places1.features))
 
-    def _work_of_encoding(self) -> Outputs:
+    def _encode_to_buffers(self) -> Outputs:
         for points, state, rotation in zip(self._encode(), self._states[0], self._rotations):
             state.copy_(points.x)
             rotation.copy_(points.rotation)
         return ()
 
-    def _work_of_layer(self, layer: int) -> Outputs:
+    def _layer_to_buffers(self, layer: int) -> Outputs:
         network, (points0, points1) = self._network, self._points(layer % 2)
         states = network.transformer_layers[layer](points0, points1)
         for place, state in zip(self._states[(layer + 1) % 2], states):
@@ -416,6 +416,6 @@ class _RecordedLightGlue(_Recorded):
             )
         return ()
 
-    def _work_of_assigning(self, layers: int) -> Outputs:
+    def _assign(self, layers: int) -> Outputs:
         points0, points1 = self._points(layers % 2)
         return tuple(self._network.assign(points0, points1, layers))

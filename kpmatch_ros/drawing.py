@@ -117,7 +117,7 @@ def _draw_outliers(canvas: Image, segments: NDArray[np.int32]) -> None:
     if not len(segments):
         return
     layer = canvas.copy()
-    lines = segments[_some(len(segments), _MOST_LINES // 2)]
+    lines = segments[_evenly_spread(len(segments), _MOST_LINES // 2)]
     cv2.polylines(layer, list(lines), False, _OUTLIER, 1, cv2.LINE_AA, _SHIFT)
     cv2.addWeighted(layer, _OUTLIER_OPACITY, canvas, 1 - _OUTLIER_OPACITY, 0, dst=canvas)
     reach = round(2.5 * _scale_of(canvas) * (1 << _SHIFT))
@@ -132,7 +132,7 @@ def _draw_inliers(canvas: Image, segments: NDArray[np.int32], scores: NDArray[np
     order = np.argsort(np.nan_to_num(scores), kind="stable")  # the best scores last, so they are on top
     segments = segments[order]
     levels = np.clip(np.rint(np.nan_to_num(scores[order]) * (_LEVELS - 1)), 0, _LEVELS - 1).astype(int)
-    with_line = _some(len(segments), _MOST_LINES)
+    with_line = _evenly_spread(len(segments), _MOST_LINES)
     scale = _scale_of(canvas)
     groups = [(tuple(_colours()[level].tolist()), levels == level) for level in np.unique(levels)]
     layer = canvas.copy()
@@ -148,7 +148,7 @@ def _draw_inliers(canvas: Image, segments: NDArray[np.int32], scores: NDArray[np
         cv2.polylines(canvas, list(dots), False, colour, round(3 * scale), cv2.LINE_AA, _SHIFT)
 
 
-def _some(count: int, most: int) -> NDArray[np.bool_]:
+def _evenly_spread(count: int, most: int) -> NDArray[np.bool_]:
     """Return (count,) bool that selects at most ``most`` items, evenly spread."""
     step = max(1.0, count / most)
     chosen = np.zeros(count, bool)

@@ -126,13 +126,13 @@ class FeatureMatcher:
                 recorded = self.graphs is not None and self.graphs.enabled
                 above = max(self.matcher.prune_above, SIZES[-1] if recorded else 0)
             if not isinstance(self.matcher, LightGlue):
-                found[name] = "no effect: the matcher is no LightGlue"
+                found[name] = "no effect: the matcher is not LightGlue"
             elif self.onnx is not None:
-                found[name] = "no effect: backend onnxruntime runs every layer with every point"
+                found[name] = "no effect: backend onnxruntime runs all layers with all points"
             elif value < 0:
                 found[name] = "off"
             elif above >= self.parameters.max_keypoints:
-                found[name] = f"no effect: images with up to {above} keypoints take less time with every point"
+                found[name] = f"no effect: up to {above} keypoints per image, keeping all points is faster"
             else:
                 found[name] = f"{value:g}" + (f", for images with more than {above} keypoints" if above else "")
         return found
@@ -319,8 +319,8 @@ class FeatureMatcher:
         if height * width > LARGEST_IMAGE:
             raise ImageError(
                 "size",
-                f"an image of {width} x {height} pixels is too large for the networks, which take "
-                f"{LARGEST_IMAGE / 1e6:.1f} million: set the parameter resize to its longest side that you need",
+                f"an image of {width} x {height} pixels is too large for the networks, which take at most "
+                f"{LARGEST_IMAGE / 1e6:.1f} million pixels: set the parameter resize to the longest side that you need",
             )
         return seen
 

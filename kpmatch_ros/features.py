@@ -94,7 +94,7 @@ def on_device(features: Features, device: torch.device, descriptor_size: int | N
         TypeError: if ``features`` is not of type Features.
     """
     if not isinstance(features, Features):
-        raise TypeError(f"there is a {type(features).__name__} to match; match takes Features, as extract gives them")
+        raise TypeError(f"match got a {type(features).__name__}; it takes Features, as extract returns them")
     keypoints, scores, descriptors = (
         _tensor(array, device) for array in (features.keypoints, features.scores, features.descriptors)
     )
@@ -107,7 +107,7 @@ def on_device(features: Features, device: torch.device, descriptor_size: int | N
     for name, array, shape in (("keypoints", keypoints, (count, 2)), ("scores", scores, (count,))):
         if array.shape != shape:
             raise ValueError(
-                f"the {name} are of shape {tuple(array.shape)} in place of {shape}: there are {count} descriptors"
+                f"the {name} are of shape {tuple(array.shape)} instead of {shape}: there are {count} descriptors"
             )
     width, height = (int(side) for side in features.size)
     if width < 1 or height < 1:

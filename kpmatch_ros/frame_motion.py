@@ -28,7 +28,7 @@ from kpmatch_ros.tracking.tracks import Links
 __all__ = ["FrameMotion"]
 
 # Largest ratio of the intervals of two pairs for which the last motion is a prior: one dropped frame is allowed.
-_LIKE_TIMES = 2.5
+_LARGEST_INTERVAL_RATIO = 2.5
 
 
 class FrameMotion:
@@ -106,7 +106,7 @@ class FrameMotion:
             return None
         end, before, motion = self._last
         now = current.stamp - reference.stamp
-        if end is not reference or max(before, now) > _LIKE_TIMES * min(before, now):
+        if end is not reference or max(before, now) > _LARGEST_INTERVAL_RATIO * min(before, now):
             return None
         if before == now:
             return motion

@@ -272,7 +272,7 @@ class GivenFrame:
         masks = _one_each("masks", masks, len(images), to_numpy)
         both = (camera.left, camera.right) if isinstance(camera, StereoCamera) else (check_camera(camera), None)
         if camera is not None and isinstance(camera, StereoCamera) != (len(images) == 2):
-            raise ValueError(f"a {type(camera).__name__} is no calibration for {len(images)} image(s)")
+            raise ValueError(f"a {type(camera).__name__} is not a calibration for {len(images)} image(s)")
         return cls(
             images=images,
             stamps=stamps,
@@ -303,7 +303,7 @@ def _one_each(name: str, given: Any, least: int, check: Callable[[Any], Any], mo
     except TypeError:
         found = None
     if found is None:
-        raise TypeError(f"{name} is {given!r:.80}; it must be a list, with one for each image")
+        raise TypeError(f"{name} is {given!r:.80}; it must be a list with one item for each image")
     if not least <= len(found) <= most:
         wanted = str(least) if least == most else f"{least} to {most}"
         raise ValueError(f"{name} has the length {len(found)}, not {wanted}: one for each image")
@@ -312,7 +312,7 @@ def _one_each(name: str, given: Any, least: int, check: Callable[[Any], Any], mo
 
 def _frame_id(name: Any) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"frame_ids has {name!r:.80}; names of frames are texts")
+        raise TypeError(f"frame_ids has {name!r:.80}; a frame_id must be a string")
     return name
 
 
@@ -320,4 +320,4 @@ def _stamp(stamp: Any) -> int:
     try:
         return operator.index(stamp)
     except TypeError:
-        raise TypeError(f"a stamp is {stamp!r}; stamps are whole numbers of nanoseconds") from None
+        raise TypeError(f"a stamp is {stamp!r}; it must be a whole number of nanoseconds") from None

@@ -128,15 +128,15 @@ class FrontEnd:
             TypeError: if an image is not an array, or a stamp, the calibration or a name has a wrong type.
         """
         given = GivenFrame.of(images, stamps, camera, frame_ids, masks)
-        described = self._describe(given)  # before any state changes: a rejected image must have no effect
+        frames = self._extract(given)  # before any state changes: a rejected image must have no effect
         if self.interruption(given.stamps[0], given.frame_ids):
             self.reset()
         self._last_stamp, self._last_frame_ids = given.stamps[0], given.frame_ids
-        current, stereo = described[0], None
+        current, stereo = frames[0], None
         both_cameras = camera if isinstance(camera, StereoCamera) else None
         linked = self._link(current)
-        if len(described) == 2:
-            stereo = self._match_sides(current, described[1], both_cameras, linked)
+        if len(frames) == 2:
+            stereo = self._match_sides(current, frames[1], both_cameras, linked)
             current = stereo.reference
         pair = self._finish(current, linked)
         if stereo is not None and pair is not None:
@@ -197,7 +197,7 @@ class FrontEnd:
             smeared=smeared,
         )
         self._fresh = False
-        if self._choice.takes(pair, self.parameters):
+        if self._choice.becomes_reference(pair, self.parameters):
             self.reference, view = current, self._view(current)  # computed now, as for the first frame
             if self.parameters.refine:
                 agree = pair.inliers if pair.pose.status.is_certain else None
@@ -374,13 +374,13 @@ class FrontEnd:
             return f"the stamps went back by {-elapsed:.3f} s"
         if 0 < self.parameters.max_gap < elapsed:
             remedy = (
-                f", and frames that came meanwhile were dropped ({overtaken}): if they come faster than they are "
-                "processed, choose profile fast, set resize, lower max_keypoints, or raise max_gap"
+                f", and frames that arrived in the meantime were dropped ({overtaken}): if they arrive faster than "
+                "they are processed, choose profile fast, set resize, lower max_keypoints, or raise max_gap"
             )
             return f"no frame was processed for {elapsed:.3f} s, more than max_gap{remedy if overtaken else ''}"
         return ""
 
-    def _describe(self, given: GivenFrame) -> list[Frame]:
+    def _extract(self, given: GivenFrame) -> list[Frame]:
         started = time.perf_counter()
         allowed = [
             both(*(None if mask is None else fit(mask, image.shape[1], image.shape[0]) for mask in (always, now)))

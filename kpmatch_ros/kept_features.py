@@ -42,8 +42,8 @@ def check_features(features: Features, name: str, descriptor_size: int, most: in
     ):
         if array.shape != shape:
             raise FeatureError(
-                f"{name}: {what} are of shape {array.shape} in place of {shape}: they are damaged, or another "
-                "extractor's"
+                f"{name}: {what} are of shape {array.shape} instead of {shape}: they are damaged, or from another "
+                "extractor"
             )
         if not np.isfinite(array).all():
             raise FeatureError(f"{name}: {what} hold NaN or infinity")
@@ -51,19 +51,17 @@ def check_features(features: Features, name: str, descriptor_size: int, most: in
         raise FeatureError(f"{name}: there are no features; choose an image that has some")
     if count > most:
         raise FeatureError(
-            f"{name}: there are {count} features, more than max_keypoints ({most}): the match would hold up the "
+            f"{name}: there are {count} features, more than max_keypoints ({most}): matching them would delay the "
             "frames; keep fewer, or raise max_keypoints"
         )
     outside = (found.keypoints < -0.5) | (found.keypoints > np.array([width, height]) - 0.5)
     if outside.any():
         x, y = found.keypoints[outside.any(axis=1)][0]
-        raise FeatureError(f"{name}: the point ({x:g}, {y:g}) lies outside of the image of {width} x {height} pixels")
+        raise FeatureError(f"{name}: the point ({x:g}, {y:g}) is outside of the image of {width} x {height} pixels")
     lengths = np.linalg.norm(np.asarray(found.descriptors, np.float64), axis=1)
     if (abs(lengths - 1) > _UNIT).any():
         length = lengths[abs(lengths - 1).argmax()]
-        raise FeatureError(
-            f"{name}: a descriptor has the length {length:g} in place of 1: they are another extractor's"
-        )
+        raise FeatureError(f"{name}: a descriptor has the length {length:g} instead of 1: it is from another extractor")
     return found
 
 

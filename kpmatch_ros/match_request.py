@@ -72,7 +72,7 @@ def _features(name: str, message: Any, extractor: str) -> Features:
     """
     if message.extractor != extractor:
         raise FeatureError(
-            f"{name}: they are of the extractor {message.extractor!r:.80}, and this node has {extractor!r}: only "
+            f"{name}: they are from the extractor {message.extractor!r:.80}, but this node uses {extractor!r}: only "
             "features of the same weights can be matched"
         )
     points, scores, descriptors = (
@@ -82,8 +82,8 @@ def _features(name: str, message: Any, extractor: str) -> Features:
     for what, array, expected in (("points", points, 2 * count), ("descriptors", descriptors, size * count)):
         if len(array) != expected:
             raise FeatureError(
-                f"{name}: {what} holds {len(array)} numbers, and {count} scores and a descriptor_size of {size} ask "
-                f"for {expected}"
+                f"{name}: {what} holds {len(array)} numbers, but {count} scores and a descriptor_size of {size} "
+                f"require {expected}"
             )
     return Features(
         keypoints=points.reshape(count, 2),

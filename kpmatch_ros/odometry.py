@@ -20,7 +20,7 @@ __all__ = ["Odometry", "OdometryPose", "Place", "Twist", "check_odometry", "comp
 # optical frame: z forward, x right.
 _FIRST_CAMERA = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 
-_TOLD = float(chdtri(3, FALSE_ALARM_RATE))  # squared Mahalanobis length from which a translation counts as not zero
+_SIGNIFICANT = float(chdtri(3, FALSE_ALARM_RATE))  # squared Mahalanobis length from which a translation is not zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def compose(pose: OdometryPose, step: RelativePose) -> OdometryPose:
     Transactions on Robotics 2014).
     """
     moved = pose.rotation @ step.translation
-    carried = _at_the_end_of(moved)
+    carried = _lever_arm_jacobian(moved)
     turned = np.kron(np.eye(2), pose.rotation)
     covariance = carried @ pose.covariance @ carried.T + turned @ step.covariance @ turned.T
     return OdometryPose(pose.rotation @ step.rotation, pose.position + moved, covariance, pose.chain)
@@ -90,19 +90,19 @@ def of_base(pose: OdometryPose, camera: Placed) -> OdometryPose:
     rotation = turn @ pose.rotation @ camera.rotation.T
     arm = turn @ pose.rotation @ base
     position = turn @ pose.position + camera.position + arm
-    carried = _at_the_end_of(arm) @ np.kron(np.eye(2), turn)
+    carried = _lever_arm_jacobian(arm) @ np.kron(np.eye(2), turn)
     twist = pose.twist
     if twist is not None:
         linear, angular = np.split(twist.velocity, 2)
         before = Rotation.from_rotvec(-twist.seconds * angular).apply(base)  # the arm at the start, before the rotation
         velocity = np.concatenate([linear + (base - before) / twist.seconds, angular])
         into = np.kron(np.eye(2), camera.rotation)
-        moved = into @ _at_the_end_of(base)
+        moved = into @ _lever_arm_jacobian(base)
         twist = Twist(into @ velocity, moved @ twist.covariance @ moved.T, twist.seconds)
     return OdometryPose(rotation, position, carried @ pose.covariance @ carried.T, pose.chain, twist)
 
 
-def _at_the_end_of(arm: np.ndarray) -> np.ndarray:
+def _lever_arm_jacobian(arm: np.ndarray) -> np.ndarray:
     """Return (6, 6) that maps a small motion (translation, rotation) at the start of a rigid arm to that at its end."""
     carried = np.eye(6)
     carried[:3, 3:] = -cross_matrix(arm)
@@ -137,14 +137,14 @@ class Place:
         """
         pose = compose(self.pose, step)
         turned = np.kron(np.eye(2), self.pose.rotation)
-        carried = _at_the_end_of(self.pose.rotation @ step.translation)
+        carried = _lever_arm_jacobian(self.pose.rotation @ step.translation)
         unseen, spread = carried @ self.unseen, carried @ self.spread @ carried.T
         if step.estimate is None:
             return Place(pose, unseen, spread)
         rotated = Rotation.from_matrix(step.estimate.rotation @ step.rotation.T).as_rotvec()
         unseen = unseen + turned @ np.concatenate([step.estimate.position, rotated])
         spread = spread + turned @ step.covariance @ turned.T
-        if unseen[:3] @ np.linalg.pinv(spread[:3, :3], hermitian=True) @ unseen[:3] < _TOLD:
+        if unseen[:3] @ np.linalg.pinv(spread[:3, :3], hermitian=True) @ unseen[:3] < _SIGNIFICANT:
             return Place(pose, unseen, spread)
         rotation = Rotation.from_rotvec(unseen[3:]).as_matrix() @ pose.rotation
         return Place.of(replace(pose, rotation=rotation, position=pose.position + unseen[:3]))
@@ -214,7 +214,7 @@ class Odometry:
         moved = current.rotation.T @ way
         turned = current.rotation.T @ Rotation.from_matrix(current.rotation @ before.rotation.T).as_rotvec()
         # The displacement is expressed in the current camera's axes, so it also has the errors of their rotation.
-        seen = _at_the_end_of(-origin.rotation.T @ way)
+        seen = _lever_arm_jacobian(-origin.rotation.T @ way)
         spread = seen @ pair.pose.covariance @ seen.T + earlier
         into = np.kron(np.eye(2), pair.pose.rotation.T)  # from the reference's axes to the current camera's
         return Twist(np.concatenate([moved, turned]) / seconds, into @ spread @ into.T / seconds**2, seconds)
@@ -226,28 +226,28 @@ def frame_fault(child: str, frame: str, transforms: StaticTransforms | None = No
     Args:
         child: child frame of the odometry.
         frame: the odometry frame.
-        transforms: the transforms of /tf_static; None if nothing is published into TF.
+        transforms: the transforms of /tf_static; None if nothing is published to TF.
     """
     if not frame_name(child):
         return (
-            "odometry has no child_frame_id and is not published into TF, as the images have no frame_id: have the "
-            "camera's driver name its optical frame"
+            "odometry has no child_frame_id and is not published to TF, because the images have no frame_id: have "
+            "the camera's driver set it to the camera's optical frame"
         )
     if frame_name(child) == frame_name(frame):
         return (
-            f"odometry places the frame {child!r:.80} in itself and is not published into TF: odom_frame must be "
-            "another frame than base_frame, or without base_frame than the frame_id of the images"
+            f"odometry would place the frame {child!r:.80} in itself, so it is not published to TF: odom_frame must "
+            "differ from base_frame, or without base_frame from the frame_id of the images"
         )
     above = [] if transforms is None else transforms.above(child)
     if frame_name(frame) in above or (transforms is not None and frame_name(child) in transforms.above(frame)):
         return (
-            f"odometry is not published into TF: /tf_static joins {child!r:.80} and {frame!r:.80} already, as if "
-            "nothing moved. Leave that transform out, or set publish_tf to false"
+            f"odometry is not published to TF: /tf_static already connects {child!r:.80} and {frame!r:.80}, as if "
+            "they did not move. Remove that transform, or set publish_tf to false"
         )
     if above:
         return (
-            f"odometry is not published into TF: a frame has one parent, and {child!r:.80} has {above[0]!r:.80} by "
-            f"/tf_static. Set base_frame to {above[-1]!r:.80}, or publish_tf to false"
+            f"odometry is not published to TF: a frame can have only one parent, and /tf_static gives {child!r:.80} "
+            f"the parent {above[0]!r:.80}. Set base_frame to {above[-1]!r:.80}, or publish_tf to false"
         )
     return ""
 
@@ -259,4 +259,4 @@ def check_odometry(parameters: Parameters) -> None:
         ParameterError: if it is.
     """
     if parameters.publish_odometry and parameters.mode != "stereo":
-        raise ParameterError("publish_odometry needs mode stereo: the poses of one camera are without metres")
+        raise ParameterError("publish_odometry needs mode stereo: the poses of one camera have no metric scale")

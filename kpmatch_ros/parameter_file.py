@@ -41,14 +41,14 @@ def read_sections(path: Path) -> list[tuple[str, Any]]:
     except RecursionError as error:
         raise ParameterError(f"{path}: is nested too deeply for a parameter file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path}: is no YAML file: {error}") from error
+        raise ParameterError(f"{path}: is not a YAML file: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse aliases, as ROS nodes do: an alias could expand to any amount of memory."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"ROS takes no alias,{str(self.peek_event().start_mark).rstrip()}")
+            raise yaml.YAMLError(f"ROS accepts no YAML alias,{str(self.peek_event().start_mark).rstrip()}")
         return super().compose_node(parent, index)
 
 

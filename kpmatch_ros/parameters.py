@@ -53,60 +53,68 @@ class Parameters:
     """
 
     mode: str = _parameter(
-        "mono", "mono: one camera over time; stereo: a stereo pair of cameras", choices=("mono", "stereo")
+        "mono",
+        "mono: one camera, whose frames are matched over time; stereo: a stereo pair, whose poses are in metres",
+        choices=("mono", "stereo"),
     )
     profile: str = _parameter(
         "accurate",
-        "a choice of weights, max_keypoints and depth_confidence: accurate has the defaults; fast, for robots "
-        "without a GPU, has smaller networks, 512 keypoints and depth_confidence 0.9; a parameter that is set "
-        "itself wins",
+        "preset of weights, max_keypoints and depth_confidence: accurate uses the defaults; fast, for robots without "
+        "a GPU, uses smaller networks, 512 keypoints and depth_confidence 0.9; a parameter that is set explicitly "
+        "overrides the profile",
         choices=tuple(PROFILES),
     )
     extractor: str = _parameter(
-        "superpoint-open", "weights that find and describe keypoints: a registered name, a folder or a file"
+        "superpoint-open",
+        "weights of the extractor, which detects keypoints and computes their descriptors: a registered name, a "
+        "folder or a file",
     )
     matcher: str = _parameter(
         "lightglue-superpoint-open",
-        "weights that match: a registered name, a folder or a file made for the extractor, or 'nearest' for mutual "
-        "nearest neighbours",
+        "weights of the matcher: a registered name, a folder or a file, trained for the extractor; or 'nearest' for "
+        "mutual nearest neighbours",
     )
     backend: str = _parameter(
         "torch",
-        "what runs the networks: torch, or onnxruntime, which runs all layers (SuperPoint with LightGlue or "
-        "SuperGlue; needs onnx and onnxruntime)",
+        "library that runs the networks: torch (PyTorch), or onnxruntime, which always runs all layers, supports "
+        "SuperPoint with LightGlue or SuperGlue, and needs the packages onnx and onnxruntime",
         choices=("torch", "onnxruntime"),
     )
     providers: str = _parameter(
         "cpu",
-        "with backend onnxruntime: its execution providers, with commas between them and the preferred one first: "
-        "tensorrt, cuda, openvino, cpu; those that are not available are left out with a warning",
+        "with backend onnxruntime: its execution providers, separated by commas, the preferred one first: tensorrt, "
+        "cuda, openvino, cpu; a provider that is not available is skipped with a warning",
         pattern=rf"{_PROVIDER}(, *{_PROVIDER})*",
         needs=("backend", "onnxruntime"),
     )
     device: str = _parameter(
         "auto",
-        "where the networks run: auto (the GPU where there is one), cpu, cuda or cuda:N",
+        "device of the networks: auto (the GPU if there is one, else the CPU), cpu, cuda or cuda:N (GPU number N)",
         pattern=r"auto|cpu|cuda(:\d{1,2})?",
     )
     precision: str = _parameter(
         "auto",
-        "number format of the networks; auto is float16 on a GPU, bfloat16 on a processor that computes in it, and "
-        "float32 on others",
+        "number format of the networks; auto is float16 on a GPU, bfloat16 on a CPU with bfloat16 instructions, and "
+        "float32 on other CPUs",
         choices=("auto", "float32", "float16", "bfloat16"),
     )
     threads: int = _parameter(
         0,
-        "processor threads of the networks, for the whole process: as many as the robot's other processes leave "
-        "free; 0 leaves it to PyTorch, which takes all cores",
+        "number of CPU threads for the networks, set for the whole process: as many as the robot's other processes "
+        "leave free; 0 leaves the number to PyTorch, which uses all cores",
         minimum=0,
         maximum=1024,
     )
     max_keypoints: int = _parameter(
-        1024, "keypoints kept per image, those of highest score", minimum=1, maximum=16384, dynamic=True
+        1024,
+        "largest number of keypoints per image; those with the highest scores are kept",
+        minimum=1,
+        maximum=16384,
+        dynamic=True,
     )
     keypoint_threshold: float = _parameter(
         -1.0,
-        "lowest detection score of a keypoint; -1 takes the value published with the weights",
+        "lowest detection score of a keypoint; -1 uses the value that was published with the weights",
         minimum=0.0,
         maximum=1.0,
         special=-1.0,
@@ -114,15 +122,15 @@ class Parameters:
     )
     nms_radius: int = _parameter(
         -1,
-        "radius of non-maximum suppression, in the image after resize: two maxima of the scores are further apart than "
-        "this, before subpixel moves each by up to about a pixel; -1 takes the value published with the weights",
+        "radius of non-maximum suppression, in the image after resize: any two keypoints are further apart than this, "
+        "before subpixel moves each by up to about a pixel; -1 uses the value that was published with the weights",
         unit="pixels",
         minimum=-1,
         maximum=64,
     )
     border: int = _parameter(
         -1,
-        "no keypoint is closer to the border of the image after resize than this; -1 takes the value published with "
+        "width of the border without keypoints, in the image after resize; -1 uses the value that was published with "
         "the weights",
         unit="pixels",
         minimum=-1,
@@ -130,17 +138,23 @@ class Parameters:
     )
     subpixel: bool = _parameter(
         True,
-        "find keypoints to a fraction of a pixel, with weights that were trained for it (superpoint-open and its fast "
-        "one); false finds whole pixels",
+        "detect keypoints with subpixel accuracy, if the weights were trained for it (superpoint-open and "
+        "superpoint-open-fast); false detects whole pixels",
     )
     resize: int = _parameter(
-        0, "longest side of the image that the extractor sees; 0 keeps the size", unit="pixels", minimum=0, maximum=8192
+        0,
+        "resize images for the extractor such that their longest side has this length; 0 keeps the size",
+        unit="pixels",
+        minimum=0,
+        maximum=8192,
     )
-    filter_threshold: float = _parameter(0.1, "lowest score of a match", minimum=0.0, maximum=1.0, dynamic=True)
+    filter_threshold: float = _parameter(
+        0.1, "lowest score of a match; matches with lower scores are discarded", minimum=0.0, maximum=1.0, dynamic=True
+    )
     ratio_threshold: float = _parameter(
         1.0,
-        "with matcher 'nearest': highest ratio of the distances to the nearest and the second nearest descriptor; 1 "
-        "turns the test off",
+        "with matcher 'nearest': ratio test, the largest ratio of the distances to the nearest and to the "
+        "second nearest descriptor; 1 disables the test",
         minimum=0.0,
         maximum=1.0,
         dynamic=True,
@@ -148,8 +162,8 @@ class Parameters:
     )
     depth_confidence: float = _parameter(
         0.95,
-        "with backend torch: LightGlue stops early once this share of the points is sure of its matches; -1 always "
-        "runs every layer",
+        "with backend torch: LightGlue stops early once it is confident about this fraction of the points; -1 always "
+        "runs all layers",
         minimum=0.01,
         maximum=1.0,
         special=-1.0,
@@ -158,8 +172,8 @@ class Parameters:
     )
     width_confidence: float = _parameter(
         0.99,
-        "with backend torch: LightGlue drops points that are unmatchable with this confidence, where that is faster: "
-        "on a GPU only above 4096 keypoints; -1 keeps every point",
+        "with backend torch: LightGlue drops points that it considers unmatchable with this confidence, where that "
+        "saves time (on a GPU only above 4096 keypoints); -1 keeps all points",
         minimum=0.01,
         maximum=1.0,
         special=-1.0,
@@ -168,8 +182,9 @@ class Parameters:
     )
     reference: str = _parameter(
         "previous",
-        "what a frame is matched with: previous, the frame before, or the one before that where it has no pose; "
-        "keyframe, a frame that is kept until keyframe_min_matches or keyframe_max_parallax replaces it",
+        "reference frame that a frame is matched with: previous is the frame before, or the one before that if the "
+        "frame before has no pose; keyframe is a frame that is kept until keyframe_min_matches or "
+        "keyframe_max_parallax replaces it",
         choices=("previous", "keyframe"),
         dynamic=True,
     )
@@ -183,8 +198,8 @@ class Parameters:
     )
     keyframe_max_parallax: float = _parameter(
         40.0,
-        "with reference 'keyframe': a frame with a larger median displacement of its matches becomes the new "
-        "keyframe; where a pose is known, the rotation's part does not count",
+        "with reference 'keyframe': a frame whose matches have a larger median displacement becomes the new "
+        "keyframe; if the pose is known, displacement by rotation does not count",
         unit="pixels",
         minimum=0.0,
         maximum=1e9,
@@ -193,14 +208,14 @@ class Parameters:
     )
     refine: bool = _parameter(
         True,
-        "refine points to a fraction of a pixel by the image around them, and follow tracks through frames without "
-        "a match; false publishes keypoints as detected",
+        "refine the matched points to subpixel accuracy by the image around them, and follow tracks through frames "
+        "in which they have no match; false publishes keypoints as detected",
         dynamic=True,
     )
     lost_tracks: int = _parameter(
         2000,
-        "with refine: lost tracks that are remembered at most; one whose point is found again goes on under its old "
-        "id; 0 remembers none",
+        "with refine: largest number of lost tracks that are remembered; if the point of such a track is found "
+        "again, the track continues with its old id; 0 remembers none",
         minimum=0,
         maximum=100000,
         dynamic=True,
@@ -208,7 +223,8 @@ class Parameters:
     )
     max_gap: float = _parameter(
         5.0,
-        "a longer time between two frames clears the cached features and begins new tracks; 0 allows any gap",
+        "if more time than this passes between two frames, the cached features are discarded and new tracks start; 0 "
+        "allows any gap",
         unit="seconds",
         minimum=0.0,
         maximum=1e9,
@@ -216,32 +232,38 @@ class Parameters:
     )
     queue: str = _parameter(
         "latest",
-        "latest drops frames that a newer one has overtaken; all processes every frame in order, for bags (up to 2 "
-        "GB of waiting images)",
+        "latest: if frames arrive faster than they are processed, only the newest is processed; all: every frame is "
+        "processed in order, for bags (up to 2 GB of images may wait)",
         choices=("latest", "all"),
     )
     image_transport: str = _parameter(
-        "raw", "raw images on <image>, or compressed ones on <image>/compressed", choices=("raw", "compressed")
+        "raw",
+        "raw: images on the topic <image>; compressed: compressed images on <image>/compressed",
+        choices=("raw", "compressed"),
     )
     stretch: str = _parameter(
         "auto",
-        "images of 16 bits that use a small part of the range (thermal cameras, 12-bit sensors): auto stretches that "
-        "part to 8 bits and follows it over time; off divides by 257",
+        "for 16-bit images that use a small part of their range (thermal cameras, 12-bit sensors): auto stretches "
+        "that part to 8 bits and adapts it over time; off divides by 257",
         choices=("auto", "off"),
         dynamic=True,
     )
     mask: str = _parameter(
         "",
-        "image file that is 0 (black) where no keypoint may be, such as on the robot's own body; in stereo for the "
-        "left camera; empty for none",
+        "image file that is 0 (black) where no keypoint may be detected, such as on the robot's own body; in stereo "
+        "for the left camera; empty for no mask",
     )
-    mask_right: str = _parameter("", "with mode stereo: the same for the right camera")
+    mask_right: str = _parameter(
+        "", "with mode stereo: image file with the mask of the right camera; empty for no mask"
+    )
     rectified: bool = _parameter(
-        False, "the images are rectified already: use the projection matrix P of camera_info, and no distortion"
+        False,
+        "whether the images are already rectified: true uses the projection matrix P of camera_info and no distortion; "
+        "false corrects the lens distortion",
     )
     max_reprojection_error: float = _parameter(
         1.0,
-        "a match further than this from its epipolar line is an outlier",
+        "inlier threshold: a match further than this from its epipolar line is an outlier",
         unit="pixels",
         minimum=0.01,
         maximum=100.0,
@@ -249,15 +271,15 @@ class Parameters:
     )
     min_inliers: int = _parameter(
         15,
-        "a relative pose needs at least so many matches that agree with it, or its status is TOO_FEW_MATCHES",
+        "smallest number of inliers of a relative pose; with fewer, its status is TOO_FEW_MATCHES",
         minimum=6,
         maximum=16384,
         dynamic=True,
     )
     readout_time: float = _parameter(
         0.0,
-        "with mode mono and a rolling shutter: time from reading an image's first row to its last; poses are then as "
-        "of images read at once, between their middle rows; 0 for a global shutter",
+        "with mode mono and a rolling shutter: time between the readout of an image's first and last row; poses then "
+        "refer to the middle rows; 0 for a global shutter",
         unit="seconds",
         minimum=0.0,
         maximum=0.2,
@@ -266,50 +288,51 @@ class Parameters:
     )
     motion_prior: bool = _parameter(
         True,
-        "where two motions explain the matches equally well, as on a plane, take the one that is like the motion "
-        "before; false reports them as AMBIGUOUS",
+        "if two motions explain the matches equally well, as on a plane, choose the one closer to the previous "
+        "motion; false reports such poses as AMBIGUOUS",
         dynamic=True,
     )
     sync_tolerance: float = _parameter(
         0.01,
-        "largest difference of the stamps of a stereo pair, or of an image and its mask; also how long an image "
-        "waits for its mask and its camera_info (with queue 'all' one second)",
+        "largest difference between the stamps of a stereo pair, or of an image and its mask; also how long an image "
+        "waits for its mask and its camera_info (one second with queue 'all')",
         unit="seconds",
         minimum=0.0,
         maximum=1.0,
     )
     publish_odometry: bool = _parameter(
         False,
-        "with mode stereo: chain the poses, and publish them as nav_msgs/Odometry on 'odometry', and to TF where "
-        "tf2_msgs is installed",
+        "with mode stereo: chain the poses, and publish them as nav_msgs/Odometry on the topic odometry, and to TF "
+        "if tf2_msgs is installed",
     )
     odom_frame: str = _parameter(
         "odom",
-        "with publish_odometry: its frame, of letters, digits, _ and /; after each break of the chain a number is "
-        "added to it (odom_1)",
+        "with publish_odometry: frame_id of the odometry, of letters, digits, _ and /; after each break of the chain "
+        "a new number is appended (odom_1)",
         pattern=r"[A-Za-z0-9_][A-Za-z0-9_/]*",
         needs=("publish_odometry", True),
     )
     base_frame: str = _parameter(
         "",
         "with publish_odometry: the robot's frame, such as base_link, whose pose and velocity are published; "
-        "/tf_static must join it to the camera's frame; empty publishes the left camera's optical frame",
+        "/tf_static must connect it to the camera's frame; empty publishes those of the left camera's optical frame",
         pattern=r"([A-Za-z0-9_][A-Za-z0-9_/]*)?",
         needs=("publish_odometry", True),
     )
     publish_tf: bool = _parameter(
         True,
-        "with publish_odometry: publish the odometry to TF too; set it to false where the camera's frame, or "
-        "base_frame, has a parent in TF already",
+        "with publish_odometry: publish the odometry to TF, too; set it to false if the camera's frame, or "
+        "base_frame, already has a parent in TF",
     )
     autostart: bool = _parameter(
         True,
-        "the node configures and activates itself when it starts; false leaves that to a lifecycle manager, with which "
-        "the node then has a bond",
+        "whether the node configures and activates itself when it starts; false leaves this to a lifecycle manager, "
+        "with which the node then forms a bond",
     )
     bond_heartbeat_period: float = _parameter(
         0.1,
-        "without autostart: time between heartbeats to nav2's lifecycle manager, if bondpy is installed; 0 sends none",
+        "without autostart: time between two heartbeats to nav2's lifecycle manager, if bondpy is installed; 0 sends "
+        "no heartbeats",
         unit="seconds",
         minimum=0.0,
         maximum=4.0,
@@ -324,7 +347,7 @@ class Parameters:
             raise ParameterError("precision float16 needs a GPU; with device cpu use float32, bfloat16 or auto")
         if self.base_frame == self.odom_frame:
             raise ParameterError(
-                f"base_frame and odom_frame are both {self.odom_frame!r}: TF places a frame in another"
+                f"base_frame and odom_frame are both {self.odom_frame!r}; they must be different frames"
             )
         if self.backend == "onnxruntime":
             # Only TensorRT can be told to compute in another number format than that of the ONNX graphs.
@@ -332,7 +355,7 @@ class Parameters:
             for name, taken in (("device", ("auto", "cpu")), ("precision", precisions)):
                 if getattr(self, name) not in taken:
                     raise ParameterError(
-                        f"{name} is {getattr(self, name)!r}, but backend onnxruntime takes {' or '.join(taken)}"
+                        f"{name} is {getattr(self, name)!r}, but backend onnxruntime supports only {' or '.join(taken)}"
                     )
 
     @classmethod
@@ -359,7 +382,7 @@ class Parameters:
         found = []
         chosen = profile_values(self.profile)
         if chosen and all(getattr(self, name) != value for name, value in chosen.items()):
-            found.append(f"profile is {self.profile!r} and plays no part: {', '.join(chosen)} have other values")
+            found.append(f"profile is {self.profile!r} and has no effect: {', '.join(chosen)} have other values")
         for item in declarations():
             value = getattr(self, item.name)
             if item.needs is None or value in (item.default, chosen.get(item.name)):
@@ -367,7 +390,7 @@ class Parameters:
             other, needed = item.needs
             if getattr(self, other) != needed:
                 found.append(
-                    f"{item.name} is {value!r} and plays no part: it needs {other} {needed!r}, which is "
+                    f"{item.name} is {value!r} and has no effect: it needs {other} {needed!r}, which is "
                     f"{getattr(self, other)!r}"
                 )
         return found

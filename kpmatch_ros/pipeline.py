@@ -49,8 +49,8 @@ bags). Usually a later mask or camera_info arrives before that and proves that t
 result does not depend on timing, and every replay gives the same output."""
 # Seconds after which a pose reports an image without a partner. Where every frame is processed, a reliable publisher
 # may still be resending the partner, and no pose should depend on how long that takes.
-_ALONE_AFTER = {"latest": 0.5, "all": 5.0}
-_ALONE_INTERVAL = 1.0  # least seconds between two such poses
+_UNPAIRED_AFTER = {"latest": 0.5, "all": 5.0}
+_UNPAIRED_INTERVAL = 1.0  # least seconds between two such poses
 
 
 class Pipeline:
@@ -102,8 +102,8 @@ class Pipeline:
         self.synchroniser: StereoSynchroniser[Any]
         self.masks: MaskSynchroniser[Any]
         self._stamps: list[int | None]  # stamp of the last image on each topic
-        self._told_alone: Any = None  # the last image without a partner that a pose has reported
-        self._found_alone_at = -float("inf")  # seconds
+        self._reported_unpaired: Any = None  # the last image without a partner that a pose has reported
+        self._unpaired_found_at = -float("inf")  # seconds
         self.restart()
 
     def restart(self) -> None:
@@ -115,7 +115,7 @@ class Pipeline:
         cameras = len(self._topics)
         self.masks = MaskSynchroniser(cameras, tolerance, _MASKS[parameters.queue], WAITING_MEMORY // cameras)
         self._results.restart()
-        self._told_alone = None
+        self._reported_unpaired = None
         self._stamps = [None] * len(self._topics)
         self._stretches = [Stretch() for _ in self._topics]
 
@@ -195,13 +195,16 @@ class Pipeline:
         """Report an image whose stamp is zero or equal to the previous image's stamp."""
         topic, before = self._topics[side], self._stamps[side]
         self._stamps[side] = stamp
-        remedy = "tracks and poses are right all the same, but their times are not; have the driver stamp each image"
+        remedy = "tracks and poses are correct, but their times are not; have the driver stamp each image"
         if stamp == 0:
             if any(self._stamps):
-                remedy = "they find no partner, as the other camera's are stamped; have the driver stamp each image"
+                remedy = (
+                    "they cannot be paired with the other camera's images, which have stamps; have the driver stamp "
+                    "each image"
+                )
             self._events.stamp_fault("zero stamps", topic, f"images on {topic} have the stamp zero: {remedy}")
         elif stamp == before:
-            explanation = f"images on {topic} have the stamp of the image before ({stamp * 1e-9:.6f} s): {remedy}"
+            explanation = f"images on {topic} have the same stamp as the image before ({stamp * 1e-9:.6f} s): {remedy}"
             self._events.stamp_fault("repeated stamps", topic, explanation)
 
     def finish(self) -> None:
@@ -223,11 +226,11 @@ class Pipeline:
         """
         self.synchroniser.wait(now)
         for side in range(len(self._topics)):
-            silent = self.synchroniser.silent(side, _ALONE_AFTER[self._parameters.queue])
+            silent = self.synchroniser.silent(side, _UNPAIRED_AFTER[self._parameters.queue])
             alone = self.synchroniser.newest(1 - side)
-            due = silent and abs(now - self._found_alone_at) >= _ALONE_INTERVAL  # abs: a clock may jump back
-            if due and alone is not None and alone is not self._told_alone:
-                self._found_alone_at = now
+            due = silent and abs(now - self._unpaired_found_at) >= _UNPAIRED_INTERVAL  # abs: a clock may jump back
+            if due and alone is not None and alone is not self._reported_unpaired:
+                self._unpaired_found_at = now
                 return alone
         return None
 
@@ -235,8 +238,8 @@ class Pipeline:
 
     def interrupt(self, alone: Any) -> None:
         """Publish that an image from :meth:`watch` has no partner and no pose. Call it after all earlier frames."""
-        if alone is not self._told_alone:  # watch may return an image again before it is reported
-            self._told_alone = alone
+        if alone is not self._reported_unpaired:  # watch may return an image again before it is reported
+            self._reported_unpaired = alone
             self._results.publish_interruption(alone.header)
 
     def process(self, received: Sequence[Any], overtaken: int = 0) -> Result | None:
@@ -262,11 +265,11 @@ class Pipeline:
             self._events.rejected(error.reason, f"an image was rejected: {error}")
             return None
         if interruption:
-            self._events.interrupted(f"features and tracks are forgotten: {interruption}")
+            self._events.interrupted(f"features and tracks were discarded: {interruption}")
         if result.stereo is not None:
             self._check_stereo(result.stereo)
         self._check_masks(result, faults)
-        self._check_yield(result)
+        self._check_matches(result)
         self._results.publish(result, self.front_end.parameters)
         if interruption:
             self._results.publish_interruption(messages.header_of(result.frame, self._new))
@@ -321,9 +324,9 @@ class Pipeline:
         """Explain why an image has no mask."""
         offset, why = self.masks.offset[side], ""
         if self.masks.came_late[side]:
-            why = "; masks come after their images have gone on: set sync_tolerance to how much later they come"
+            why = "; masks arrive too late: set sync_tolerance to their delay"
         elif offset is not None:
-            why = f"; the nearest one is {offset * 1e-9:.6f} s off"
+            why = f"; the stamp of the nearest one differs by {offset * 1e-9:.6f} s"
         tolerance = self._parameters.sync_tolerance
         return (
             f"an image on {self._topics[side]} was processed without a mask: none came within sync_tolerance "
@@ -333,9 +336,9 @@ class Pipeline:
     def _too_many_masks(self, side: int) -> str:
         room = WAITING_MEMORY / len(self._topics) / 1e9
         return (
-            f"more than {room:g} GB of masks for {self._topics[side]} wait, and the oldest are let go: no image has "
-            "their stamps, or images are processed more slowly than they come. Stamp each mask as its image, or play "
-            "the bag slower"
+            f"more than {room:g} GB of masks for {self._topics[side]} are waiting, and the oldest are deleted: no "
+            "image has their stamps, or images are processed more slowly than they arrive. Stamp each mask as its "
+            "image, or play the bag slower"
         )
 
     def _check_masks(self, result: Result, faults: Sequence[tuple[str, str] | None]) -> None:
@@ -347,13 +350,13 @@ class Pipeline:
                 explanation = f"the mask hides all of an image on {topic}, so nothing is detected in it"
                 self._events.mask_fault("mask hides everything", topic, explanation)
 
-    def _check_yield(self, result: Result) -> None:
+    def _check_matches(self, result: Result) -> None:
         """Report blurred frames, and frames with too few keypoints or matches for a pose, with the likely reason."""
         if result.pair is not None and result.pair.smeared is not None:
             self._events.doubted(
                 "blur",
-                "an image is blurred over tens of pixels more than the one it is matched with, so nothing tells where "
-                "its points are, and it has no pose: shorten the exposure, or light the scene",
+                "an image is blurred over tens of pixels more than the one it is matched with, so the positions of "
+                "its points are unknown, and it has no pose: shorten the exposure, or light the scene",
             )
         least, keypoints = self.front_end.parameters.min_inliers, len(result.frame.keypoints)
         matches = None if result.pair is None else len(result.pair.indices)
@@ -365,18 +368,18 @@ class Pipeline:
         looks = appearance(result.frame.image, stretch.used)
         if looks and stretch.used is not None and not stretch.enabled:
             looks += ": set stretch to auto"
-        looks = looks or "the pictures have contrast, but not enough that two of them share"
-        self._events.matched(f"{keypoints} keypoints and {matches or 0} matches a frame; {looks}")
+        looks = looks or "the images have contrast, but two of them have too little in common"
+        self._events.matched(f"{keypoints} keypoints and {matches or 0} matches per frame; {looks}")
 
     def _check_stereo(self, stereo: StereoPair) -> None:
         status, agree = stereo.agreement.status, stereo.agreement.agree
         if status is PoseStatus.FAILED and agree is not None:
             self._events.calibration_refused(
                 "stereo matches",
-                f"only {agree.sum()} of {len(agree)} stereo matches agree with the camera_infos: left "
-                "and right images are swapped, or the calibration is another pair's, or no longer right"
+                f"only {agree.sum()} of {len(agree)} stereo matches agree with the camera_infos: left and right "
+                "images are swapped, or the calibration belongs to another pair, or is no longer correct"
                 + (
-                    "; or images of two moments were taken for a pair, as their stamps are zero or repeat"
+                    "; or images of different times were paired, because their stamps are zero or repeated"
                     if self.synchroniser.by_arrival
                     else ""
                 ),
@@ -384,12 +387,12 @@ class Pipeline:
 
     def _report_unpaired(self, counts: Sequence[int]) -> None:
         offset = self.synchroniser.offset
-        near = "" if offset is None else f"; the last near miss was {offset * 1e-9:.6f} s off"
+        near = "" if offset is None else f"; the closest stamps last differed by {offset * 1e-9:.6f} s"
         if self.synchroniser.by_arrival:
-            near = "; their stamps are zero or repeat, so arrival decided"
+            near = "; their stamps are zero or repeated, so they are paired by arrival"
         for topic, count in zip(self._topics, counts):
             if count:
-                explanation = f"images on {topic} find no partner within sync_tolerance of their stamps{near}"
+                explanation = f"images on {topic} have no partner within sync_tolerance of their stamps{near}"
                 self._events.unpaired(topic, count, explanation)
 
 

@@ -25,7 +25,7 @@ class ReferenceChoice:
         self._shown_at = None
         self._is_lost = False
 
-    def takes(self, pair: Pair, parameters: Parameters) -> bool:
+    def becomes_reference(self, pair: Pair, parameters: Parameters) -> bool:
         """Whether the current frame of a pair becomes the reference. To be called for every pair, in order."""
         was_lost, self._is_lost = self._is_lost, _is_lost(pair)
         if self._shows_nothing(pair, parameters):

@@ -96,8 +96,9 @@ class ResultPublisher:
             if camera is None:  # no chain starts before it can be published
                 self._events.doubted(
                     "base_frame",
-                    f"no odometry: /tf_static does not join base_frame {parameters.base_frame} and the camera's frame "
-                    f"{child!r:.80}. Let robot_state_publisher tell where the camera is, or name another base_frame",
+                    f"no odometry: /tf_static does not connect base_frame {parameters.base_frame} and the camera's "
+                    f"frame {child!r:.80}. Publish where the camera is on the robot (robot_state_publisher), or set "
+                    "another base_frame",
                 )
                 return
         pose = odometry.add(pair)
@@ -110,7 +111,7 @@ class ResultPublisher:
         if fault:
             self._events.doubted("odometry frames", fault)
         self._events.odometry(
-            odometry.breaks, f"the chain of poses broke: odometry begins again in the frame {message.header.frame_id}"
+            odometry.breaks, f"the chain of poses broke: odometry starts again in the frame {message.header.frame_id}"
         )
         self._publish("odometry", message)
         if parameters.publish_tf and self._wanted("/tf") and not fault:

@@ -111,19 +111,21 @@ def arguments() -> list[DeclareLaunchArgument]:
         DeclareLaunchArgument(
             "respawn",
             default_value="false",
-            description="start the node again, after two seconds, when its process has ended",
+            description="restart the node two seconds after its process has ended",
             choices=BOOLEANS,
         ),
         DeclareLaunchArgument(
             "respawn_max_retries",
             default_value="-1",
-            description="with respawn: how often at most, -1 without limit (not in Humble)",
+            description="with respawn: largest number of restarts; -1 for no limit (not in Humble)",
         ),
         DeclareLaunchArgument(
             "required",
             default_value="",
-            description="end the launch with status 1 when the node has ended with an error and is not started again. "
-            "Empty: true on the command line, false where another launch file includes this one.",
+            description=(
+                "end the launch with status 1 when the node has ended with an error and is not restarted. Empty: "
+                "true on the command line, false if another launch file includes this one."
+            ),
             choices=["", *BOOLEANS],
         ),
         DeclareLaunchArgument(
@@ -198,7 +200,7 @@ def read_params_file(path: Path, node_name: str) -> list[tuple[str, Any]]:
     for section, values in own:
         for key in unknown_keys(values):
             suggestion = meant(key, names)
-            text = f"params_file: {path}: {section} has {key}, which is no parameter of the matcher{suggestion}"
+            text = f"params_file: {path}: {section} has {key}, which is not a parameter of the matcher{suggestion}"
             if "*" not in section:
                 raise RuntimeError(text)
             if suggestion:
@@ -265,7 +267,7 @@ def value_of(name: str, kind: type, text: str) -> Any:
         raise RuntimeError(f"argument {name} is {text!r}; it must be {expected}") from None
 
 
-def counting(around: Mapping[str, Any], params_file: Path, in_file: Mapping[str, Any]) -> dict[str, Any]:
+def effective_parameters(around: Mapping[str, Any], params_file: Path, in_file: Mapping[str, Any]) -> dict[str, Any]:
     """Return those parameters from :func:`parameters_around` that apply, by name.
 
     If the user gave no params_file, all of them apply: they override the packaged defaults. Otherwise the file silently
@@ -273,10 +275,10 @@ def counting(around: Mapping[str, Any], params_file: Path, in_file: Mapping[str,
     """
     if params_file == DEFAULTS:
         return dict(around)
-    if lost := [name for name, value in around.items() if in_file.get(name, value) != value]:
+    if overridden := [name for name, value in around.items() if in_file.get(name, value) != value]:
         get_logger(FILE).warning(
-            f"params_file: {params_file} sets {', '.join(lost)}, which SetParameter sets around it: the file counts. "
-            "Take it out of the file, or give it as an argument"
+            f"params_file: {params_file} sets {', '.join(overridden)}, and so does SetParameter in an including launch "
+            "file: the file takes precedence. Remove it from the file, or pass it as a launch argument"
         )
     return {name: value for name, value in around.items() if name not in in_file}
 
@@ -315,7 +317,7 @@ def image_topics(given: Mapping[str, str], mode: str, transport: str) -> tuple[d
     if transport == "raw":
         raise RuntimeError(f"{named}: is a topic of compressed images; image_transport:=raw cannot read it")
     if len(compressed) < len(used):
-        raise RuntimeError(f"{named}: give both cameras' topics with /compressed, or none")
+        raise RuntimeError(f"{named}: give both cameras' topics with /compressed, or neither")
     return topics | {argument: topic.removesuffix("/compressed") for argument, topic in used.items()}, "compressed"
 
 
@@ -331,7 +333,7 @@ def start(context: LaunchContext) -> list[Node]:
 
     # The precedence is that of ROS: the argument, then the last section that has the parameter, then the default.
     in_file = merged(own)
-    overrides = counting(parameters_around(context, node_name), params_file, in_file)
+    overrides = effective_parameters(parameters_around(context, node_name), params_file, in_file)
     defaults = {item.name: item.default for item in declarations()}
     mode = given["mode"] or (defaults | in_file | overrides)["mode"]
     images, transport = image_topics(given, mode, given["image_transport"] or overrides.get("image_transport", ""))

@@ -262,7 +262,7 @@ def test_the_packages_own_parameter_file_gives_the_defaults() -> None:
         ("/camera:\n  ros__parameters:\n    rate: 5\n", "has no section for /matcher; it has /camera"),
         ("max_keypoints: 5\n", "has no section for /matcher; it has none"),
         ("/**:\n  ros__parameters: [1]\n", "there must be parameters"),
-        ("a: [\n", "is no YAML file"),
+        ("a: [\n", "is not a YAML file"),
         ("/**:\n  ros__parameters:\n    mode: stereo\n", "no two topics are named like a left and a right camera"),
         ("/**:\n  ros__parameters:\n    publish_odometry: true\n", "publish_odometry needs mode stereo"),
     ],
@@ -491,5 +491,5 @@ def test_the_command_needs_no_ros(bag: Path, tmp_path: Path) -> None:
 
 def test_an_option_that_plays_no_part_is_told_of(run: Run, bag: Path, tmp_path: Path) -> None:
     status, _, errors = run(bag, tmp_path / "out", *QUICK, "--keyframe-min-matches", 40)
-    told = "keyframe_min_matches is 40 and plays no part: it needs reference 'keyframe', which is 'previous'"
+    told = "keyframe_min_matches is 40 and has no effect: it needs reference 'keyframe', which is 'previous'"
     assert status == 0 and f"kpmatch bag: {told}\n" in errors

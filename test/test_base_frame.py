@@ -104,9 +104,11 @@ def test_tf_gets_no_second_parent_and_no_circle() -> None:
     tree = StaticTransforms()
     links = [transform(*names, MOUNT) for names in (("map", "odom"), ("odom", "base_link"), ("base_link", "camera"))]
     tree.update(SimpleNamespace(transforms=links))
-    assert "joins 'base_link' and 'odom' already" in frame_fault("base_link", "odom", tree)
-    assert "joins 'map' and 'odom' already" in frame_fault("map", "odom", tree)
-    assert "'camera' has 'base_link' by /tf_static. Set base_frame to 'map'" in frame_fault("camera", "vo", tree)
+    assert "already connects 'base_link' and 'odom'" in frame_fault("base_link", "odom", tree)
+    assert "already connects 'map' and 'odom'" in frame_fault("map", "odom", tree)
+    assert "/tf_static gives 'camera' the parent 'base_link'. Set base_frame to 'map'" in frame_fault(
+        "camera", "vo", tree
+    )
     assert not frame_fault("map", "vo", tree) and not frame_fault("camera", "vo")
 
 
@@ -211,7 +213,7 @@ def test_the_bag_command_takes_the_place_from_the_bag(kpmatch: Any, robot_bag: P
 def test_a_base_that_tf_static_does_not_know_is_named(kpmatch: Any, robot_bag: Path, tmp_path: Path) -> None:
     status, out, err = kpmatch("bag", str(robot_bag), str(tmp_path / "out"), *STEREO, "--base-frame", "base_footprint")
     assert status == 0
-    assert "base_frame 1" in out and "/tf_static does not join base_frame base_footprint" in err
+    assert "base_frame 1" in out and "/tf_static does not connect base_frame base_footprint" in err
     with Reader(tmp_path / "out") as reader:
         assert not {"/odometry", "/tf"} & {connection.topic for connection in reader.connections if connection.msgcount}
 
@@ -229,7 +231,7 @@ def test_a_frame_that_cannot_be_placed_is_named_and_stays_out_of_tf(
     words = (*STEREO, "--odom-frame", "left_optical_frame")
     status, out, err = kpmatch("bag", str(tmp_path / "in"), str(tmp_path / "out"), *words)
     assert status == 0 and "odometry frames 1" in out
-    assert ("have the camera's driver name its optical frame" if not frame else "in itself") in err
+    assert ("have the camera's driver set it to the camera's optical frame" if not frame else "in itself") in err
     found = by_topic(tmp_path / "out")
     assert [record.message.child_frame_id for record in found["/odometry"]] == [frame]
     assert not found.get("/tf")
@@ -252,8 +254,8 @@ def test_a_frame_that_has_a_parent_in_tf_is_named_and_gets_no_second_one(
         found = by_topic(tmp_path / f"out{base}")
         said[base] = err, len(found["/odometry"]), len(found.get("/tf", []))
     remedy = "Set base_frame to 'base_footprint', or publish_tf to false"
-    assert f"'left_optical_frame' has 'base_link' by /tf_static. {remedy}" in said[""][0]
-    assert f"'base_link' has 'base_footprint' by /tf_static. {remedy}" in said["base_link"][0]
+    assert f"/tf_static gives 'left_optical_frame' the parent 'base_link'. {remedy}" in said[""][0]
+    assert f"/tf_static gives 'base_link' the parent 'base_footprint'. {remedy}" in said["base_link"][0]
     assert [counts for _, *counts in said.values()] == [[1, 0], [1, 0], [1, 1]]
 
 
@@ -298,7 +300,9 @@ def test_the_node_takes_the_place_from_tf_static(
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert "/tf_static does not join base_frame base_link and the camera's frame 'left_optical_frame'" in found["said"]
+    assert (
+        "/tf_static does not connect base_frame base_link and the camera's frame 'left_optical_frame'" in found["said"]
+    )
     remedy = "change the publisher, or this node's parameter qos_overrides./tf_static.subscription.durability"
     assert f"its messages do not arrive; {remedy}" in found["volatility"]
     assert found["before"] == 0
@@ -311,7 +315,7 @@ def test_without_tf2_msgs_the_node_says_once_that_tf_is_not_published(tmp_path: 
     with running_node(tmp_path, profile="fast", mode="stereo", publish_odometry=True, matcher="nearest") as node:
         node.wait_for(lambda: node.node.count_publishers("odometry"), "the topic")
         assert node.stop() == 0
-        assert node.log.count("odometry is published, but not into TF: tf2_msgs is not installed") == 1
+        assert node.log.count("odometry is published, but not to TF: tf2_msgs is not installed") == 1
 
 
 @pytest.mark.skipif(find_spec("tf2_msgs") is not None, reason="this ROS has tf2_msgs")
@@ -319,5 +323,5 @@ def test_without_tf2_msgs_a_base_frame_is_refused(tmp_path: Path) -> None:
     parameters = {"mode": "stereo", "publish_odometry": True, "base_frame": "base_link", "matcher": "nearest"}
     with running_node(tmp_path, **parameters) as node:
         assert node.process.wait(timeout=60) == 1
-        assert "base_frame is 'base_link', which takes /tf_static, but tf2_msgs is not installed" in node.log
+        assert "base_frame is 'base_link', which needs /tf_static, but tf2_msgs is not installed" in node.log
         assert "Traceback" not in node.log

@@ -121,7 +121,7 @@ def test_a_region_of_interest_beyond_the_full_image_is_named() -> None:
     message = with_matrix(500, 320, 240)
     message.roi.x_offset, message.roi.y_offset, message.roi.width, message.roi.height = 100, 60, 640, 480
     ((kind, explanation),) = doubts(["/camera/image"], False, message)
-    assert kind == "region on /camera/image" and "640x480 pixels from (100, 60) on, reaches beyond" in explanation
+    assert kind == "region on /camera/image" and "640x480 pixels at (100, 60), reaches beyond" in explanation
     message.width, message.height = 740, 540
     message.k[2], message.k[5] = 370, 270
     assert doubts(["/camera/image"], False, message) == []

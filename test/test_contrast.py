@@ -82,7 +82,7 @@ def test_images_that_use_their_range_and_those_with_stretch_off_are_divided(view
         (np.full((60, 80), 255, np.uint8), None, "all white"),
         (np.full((60, 80, 3), 90, np.uint8), None, "all one value (90 of 255)"),
         (np.random.default_rng(0).integers(2, 12, (60, 80)).astype(np.uint8), 0.01, "use 1 % of the range"),
-        (np.tile(np.linspace(110, 140, 80).astype(np.uint8), (60, 1)), None, "hardly any contrast (values 110 to 140"),
+        (np.tile(np.linspace(110, 140, 80).astype(np.uint8), (60, 1)), None, "almost no contrast (values 110 to 140"),
         (np.tile(np.linspace(0, 255, 80).astype(np.uint8), (60, 1)), None, ""),
     ],
 )

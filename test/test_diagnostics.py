@@ -115,7 +115,7 @@ def test_a_publisher_whose_nodes_name_is_not_known_yet_is_no_sender_of_another_n
         node_name="_NODE_NAME_UNKNOWN_", node_namespace="_NODE_NAMESPACE_UNKNOWN_", endpoint_gid=[2]
     )
     assert Senders().on("/image", [camera, restarted]) == ["/camera"]
-    assert listed(["/camera", "", "/camera"]) == "/camera, one whose name is not known"
+    assert listed(["/camera", "", "/camera"]) == "/camera, a node of unknown name"
 
 
 @pytest.mark.parametrize(("queue", "least"), [("latest", 1), ("all", 50)])

@@ -286,7 +286,7 @@ def test_a_matcher_with_the_backend_can_be_copied(
 
 def test_what_the_backend_cannot_is_refused(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("device", "cuda"), ("precision", "bfloat16")):
-        with pytest.raises(ParameterError, match=f"{name} is '{value}', but backend onnxruntime takes"):
+        with pytest.raises(ParameterError, match=f"{name} is '{value}', but backend onnxruntime supports only"):
             FeatureMatcher(backend="onnxruntime", **{name: value})
     with pytest.raises(ParameterError, match="NearestNeighbour, which has no network"):
         FeatureMatcher(extractor=weights, matcher="nearest", backend="onnxruntime")

@@ -272,7 +272,7 @@ def test_what_is_no_array_is_refused_with_what_makes_one(matcher: FeatureMatcher
     if given is not None:  # an invalid mask
         with pytest.raises(TypeError, match=r"the mask is a \w+; .* numpy\.asarray\(mask\.convert\('L'\)\)"):
             matcher.extract(warped[0], given)
-    with pytest.raises(TypeError, match="match takes Features, as extract gives them"):
+    with pytest.raises(TypeError, match="it takes Features, as extract returns them"):
         matcher.match(warped[0], given)
 
 
@@ -399,11 +399,11 @@ def test_where_confidences_have_no_effect_it_says_so(random_folder: Callable[...
     for above, said in (
         (0, "0.9"),
         (100, "0.9, for images with more than 100 keypoints"),
-        (4096, "no effect: images with up to 4096 keypoints take less time with every point"),
+        (4096, "no effect: up to 4096 keypoints per image, keeping all points is faster"),
     ):
         lightglue.matcher.prune_above = above  # type: ignore[union-attr]
         assert lightglue.confidences()["width_confidence"] == said
-    no_lightglue = ["no effect: the matcher is no LightGlue"] * 2
+    no_lightglue = ["no effect: the matcher is not LightGlue"] * 2
     assert list(FeatureMatcher(PARAMETERS, matcher="nearest").confidences().values()) == no_lightglue
     assert told(superglue={}) == no_lightglue
     pytest.importorskip("onnxruntime")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.imitation import Imitation
 from kpmatch_ros import FeatureMatcher, Features, Matches, Parameters
-from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, places_for
+from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, padded_size
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
 from kpmatch_ros.runtime.device import is_out_of_memory, release_memory
@@ -246,7 +246,7 @@ def test_a_smaller_number_of_points_after_a_larger_one_leaves_nothing_behind(mak
 
 @pytest.mark.parametrize("count", [*SIZES, 1, 257, 4097])
 def test_numbers_of_points_are_rounded_up_to_few(count: int) -> None:
-    size = places_for(count)
+    size = padded_size(count)
     assert size is None if count > SIZES[-1] else size in SIZES and size >= count
 
 

@@ -296,7 +296,10 @@ def test_a_parameter_file_that_is_given_counts_over_what_is_set_around_the_launc
     ).parameters
     expected = {"device": "cuda:1", "min_inliers": 50, "queue": "all", "max_gap": 2.0}
     assert {name: parameters[name] for name in expected} == expected
-    assert f"{params_file} sets device, which SetParameter sets around it: the file counts" in capsys.readouterr().out
+    assert (
+        f"{params_file} sets device, and so does SetParameter in an including launch file: the file takes precedence"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_value_that_is_not_allowed_around_the_launch_file_stops_the_launch(
@@ -310,7 +313,7 @@ def test_a_value_that_is_not_allowed_around_the_launch_file_stops_the_launch(
 def test_a_mistyped_key_in_a_section_of_the_nodes_own_stops_the_launch(params_file: Path, key: str) -> None:
     params_file.write_text(f"matcher: {{ros__parameters: {{{key}: 512}}}}\n")
     status, log = launched(f"params_file:={params_file}")
-    assert status == 1 and f"/matcher has {key}, which is no parameter of the matcher" in log
+    assert status == 1 and f"/matcher has {key}, which is not a parameter of the matcher" in log
 
 
 def test_a_section_for_all_nodes_may_hold_other_nodes_parameters(
@@ -319,7 +322,7 @@ def test_a_section_for_all_nodes_may_hold_other_nodes_parameters(
     params_file.write_text("/**: {ros__parameters: {max_keypoint: 512, frobnicate: 1, min_inliers: 31}}\n")
     assert Told(params_file=str(params_file)).parameters["min_inliers"] == 31
     output = capsys.readouterr().out
-    assert "has max_keypoint, which is no parameter of the matcher, did you mean max_keypoints?" in output
+    assert "has max_keypoint, which is not a parameter of the matcher, did you mean max_keypoints?" in output
     assert "frobnicate" not in output
 
 
@@ -365,7 +368,7 @@ def test_compressed_topics_of_the_parameter_files_mode_set_the_transport(params_
 
 def test_one_compressed_topic_of_a_pair_stops_the_launch() -> None:
     status, log = launched("mode:=stereo", f"left_image:={LEFT}")
-    assert status == 1 and "give both cameras' topics with /compressed, or none" in log
+    assert status == 1 and "give both cameras' topics with /compressed, or neither" in log
 
 
 def test_topics_may_begin_with_a_tilde() -> None:

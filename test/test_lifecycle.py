@@ -411,7 +411,7 @@ def test_publishers_of_one_name_are_two_senders_once_they_have_stood_for_longer_
     spin_until(executor, lambda: "2 publishers send on /image (/camera, /usb)" in told(node))
     monkeypatch.setattr(senders, "_LEASE", 0.0)
     spin_until(executor, lambda: "3 publishers send on /image (/camera, /usb)" in told(node))
-    spin_until(executor, lambda: "another node publishes on /matches too (/matcher, another one of" in told(node))
+    spin_until(executor, lambda: "another node publishes on /matches too (/matcher, another node of" in told(node))
     assert len(images) == 3 and twin is not None
     for other in others:
         other.destroy_node()
@@ -441,7 +441,7 @@ def test_a_gap_with_dropped_frames_in_it_is_told_as_such_and_a_slow_frame_by_its
     def overtaken() -> bool:
         for _ in range(3):
             send(10_000)
-        return "and frames that came meanwhile were dropped" in told(node)
+        return "and frames that arrived in the meantime were dropped" in told(node)
 
     spin_until(executor, overtaken)
     assert "lower max_keypoints, or raise max_gap" in told(node)

@@ -218,7 +218,7 @@ def broken(path: Path) -> str:
         (lambda folder: {"mask": str(folder / "none.png")}, r"mask is '.*none\.png'.*cannot be read: No such file"),
         (lambda folder: {"mask": str(folder)}, "cannot be read: Is a directory"),
         (lambda folder: {"mask": "a\0b"}, "cannot be read: embedded null byte"),
-        (lambda folder: {"mask": broken(folder / "x.png")}, "no image that OpenCV reads.*give a PNG"),
+        (lambda folder: {"mask": broken(folder / "x.png")}, "not an image that OpenCV can read.*use a PNG"),
         (lambda folder: {"mask_right": "x.png"}, "mask_right is 'x.png', but the mode is mono"),
     ],
 )

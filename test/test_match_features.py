@@ -108,10 +108,10 @@ FAULTS: list[tuple[Callable[[Features], Features], str]] = [
     (changed("keypoints", with_value((3, 1), np.nan)), "keypoints hold NaN"),
     (changed("scores", with_value(0, np.inf)), "scores hold NaN or infinity"),
     (changed("descriptors", with_value((0, 5), np.nan)), "descriptors hold NaN"),
-    (changed("descriptors", lambda d: 3 * d), "a descriptor has the length 3 in place of 1"),
-    (changed("descriptors", with_value(0, 0.0)), "a descriptor has the length 0 in place of 1"),
+    (changed("descriptors", lambda d: 3 * d), "a descriptor has the length 3 instead of 1"),
+    (changed("descriptors", with_value(0, 0.0)), "a descriptor has the length 0 instead of 1"),
     (changed("descriptors", lambda d: 1e38 * d), "a descriptor has the length 1e\\+38"),
-    (changed("descriptors", lambda d: d[:, :100]), "descriptors are of shape .* another extractor's"),
+    (changed("descriptors", lambda d: d[:, :100]), "descriptors are of shape .* from another extractor"),
     (changed("scores", lambda s: s[1:]), "scores are of shape"),
     (changed("keypoints", with_value((0, 0), WIDTH)), r"the point \(160, .* outside of the image of 160 x 120"),
     (changed("keypoints", with_value((0, 1), -0.6)), "outside of the image"),
@@ -198,9 +198,9 @@ def test_a_request_is_answered_with_matches_and_pose(front_end: FrontEnd, featur
 
 
 REQUEST_FAULTS: list[tuple[Callable[[Any], Any], str]] = [
-    (lambda r: setattr(r.features, "extractor", "disk"), "features: they are of the extractor 'disk', and this node"),
-    (lambda r: setattr(r.features, "extractor", ""), "they are of the extractor ''"),
-    (lambda r: setattr(r.features, "descriptor_size", 64), "descriptors holds .* numbers, and .* ask for"),
+    (lambda r: setattr(r.features, "extractor", "disk"), "features: they are from the extractor 'disk', but this node"),
+    (lambda r: setattr(r.features, "extractor", ""), "they are from the extractor ''"),
+    (lambda r: setattr(r.features, "descriptor_size", 64), "descriptors holds .* numbers, but .* require"),
     (lambda r: setattr(r.features, "descriptor_size", 0), "descriptors holds"),
     (lambda r: setattr(r.features, "descriptor_size", 2**32 - 1), "descriptors holds"),
     (lambda r: setattr(r.features, "points", r.features.points[:-1]), "points holds .* numbers"),

@@ -89,8 +89,8 @@ def test_a_quality_of_service_that_does_not_exist_is_named(
 def test_a_parameter_that_plays_no_part_is_logged_as_the_node_is_configured(tmp_path: Path) -> None:
     with running_node(tmp_path, mode="stereo", base_frame="base_link", **SMALL) as node:
         node.wait_for(lambda: "active: waiting" in node.log, "the node to be active")
-        said = "base_frame is 'base_link' and plays no part: it needs publish_odometry True, which is False"
-        assert said in node.log and node.log.count("plays no part") == 1
+        said = "base_frame is 'base_link' and has no effect: it needs publish_odometry True, which is False"
+        assert said in node.log and node.log.count("has no effect: it needs") == 1
 
 
 def test_another_node_on_the_same_topics_is_named(tmp_path: Path) -> None:

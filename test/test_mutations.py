@@ -210,5 +210,5 @@ def test_an_image_too_large_for_the_networks_is_rejected_by_name_and_the_run_goe
             stamp = 10**18 + number * 10**8
             bag.write("/camera/image_raw", image_message(picture, stamp, "eye", "mono8"), stamp)
     status, out, err = kpmatch("bag", tmp_path / "bag", tmp_path / "out", *QUICK, "--json")
-    assert status == 0 and "4000 x 3000 pixels: more than the 8.4 million that are taken" in err
+    assert status == 0 and "4000 x 3000 pixels: more than the 8.4 million that are allowed" in err
     assert json.loads(out)["rejected"] == {"size": 1} and json.loads(out)["frames"] == 4

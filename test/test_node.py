@@ -285,7 +285,7 @@ def test_a_node_that_is_too_slow_for_max_gap_says_why_it_has_no_poses(tmp_path: 
             for _ in range(5):  # all at once, because a fast machine keeps up with single frames
                 node.send(image(textured(), next(seconds)))
             node.spin(0.05)
-            return "more than max_gap, and frames that came meanwhile were dropped" in node.message()
+            return "more than max_gap, and frames that arrived in the meantime were dropped" in node.message()
 
         node.wait_for(said, "the reason")
         node.wait_for(lambda: any(pose.status == RelativePose.INTERRUPTED for pose in node.poses), "an interruption")
@@ -305,7 +305,7 @@ def test_frames_that_wait_have_only_so_many_bytes(tmp_path: Path, monkeypatch: p
         node.wait_until_connected()
         for number in range(20):  # the first frame waits for a calibration, and the others wait for the first
             node.send(image(textured(number), 10.0 + 0.05 * number))
-        node.wait_for(lambda: "dropped though queue is all" in node.message(), "the dropped frames to be named")
+        node.wait_for(lambda: "dropped although queue is all" in node.message(), "the dropped frames to be named")
         assert "Play the bag slower" in node.message() and "queue to latest" in node.message()
         node.calibrate((node.infos, calibration(10.0)))
         node.wait_for(lambda: node.matches and stamp_of(node.matches[-1].header) == pytest.approx(10.95), "the newest")
@@ -378,7 +378,7 @@ def test_parameters_change_at_a_frame_boundary_or_are_refused_with_the_reason(tm
         assert node.matches[0].num_keypoints == 40, "the accepted change took effect, the refused set left it alone"
         request = DescribeParameters.Request(names=["max_keypoints", "filter_threshold", "device"])
         described = node.call(DescribeParameters, "matcher/describe_parameters", request).descriptors
-        assert "keypoints kept per image" in described[0].description
+        assert "largest number of keypoints per image" in described[0].description
         assert (described[0].integer_range[0].from_value, described[0].integer_range[0].to_value) == (1, 16384)
         assert described[1].floating_point_range[0].to_value == 1.0
         assert described[1].type == ParameterType.PARAMETER_DOUBLE, "not that of the values refused"

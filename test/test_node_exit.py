@@ -96,7 +96,7 @@ def test_a_domain_that_dds_does_not_have_is_named_in_a_line(domain: str, monkeyp
     """Fast DDS ends the process with its own text when the first node is created."""
     monkeypatch.setenv("ROS_DOMAIN_ID", domain)
     done = subprocess.run([sys.executable, MATCHER], capture_output=True, text=True, timeout=120)
-    said = f"matcher: ROS_DOMAIN_ID is {domain}, and rmw_fastrtps_cpp has domains 0 to 232; set it to one of these\n"
+    said = f"matcher: ROS_DOMAIN_ID is {domain}, but rmw_fastrtps_cpp has domains 0 to 232; set it to one of these\n"
     assert (done.returncode, done.stderr) == (1, said)
 
 

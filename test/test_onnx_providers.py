@@ -156,7 +156,9 @@ def test_what_an_engine_does_not_take_is_left_to_pytorch(weights: Path, images: 
 
 
 def test_float16_is_for_tensorrt_alone_and_names_are_checked() -> None:
-    with pytest.raises(ParameterError, match="precision is 'float16', but backend onnxruntime takes auto or float32"):
+    with pytest.raises(
+        ParameterError, match="precision is 'float16', but backend onnxruntime supports only auto or float32"
+    ):
         Parameters(backend="onnxruntime", providers="cuda,cpu", precision="float16")
     for wrong in ("", "gpu", "cuda;cpu", "cpu,"):
         with pytest.raises(ParameterError, match=f"providers is '{wrong}'; with backend onnxruntime"):

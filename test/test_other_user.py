@@ -41,7 +41,7 @@ def test_another_users_camera_is_named_and_is_heard_over_udp(tmp_path: Path) -> 
     with running_node(tmp_path, calibrated=False, discovery_range="SUBNET", **parameters) as node:
         node.node.destroy_publisher(node.images)
         with camera_of_another_user(node, {}):
-            said = f"or the publisher is another user's process on this machine (user {USER})"
+            said = f"or the publisher is a process of another user on this machine (user {USER})"
             node.wait_for(lambda: said in node.message(), "the other user to be named")
             assert node.figures()["frames received"] == "0"
         with camera_of_another_user(node, {"FASTDDS_BUILTIN_TRANSPORTS": "UDPv4"}):

@@ -223,7 +223,7 @@ def test_a_section_may_be_nested_below_the_root(tmp_path: Path) -> None:
 def test_what_a_node_does_not_take_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "parameters.yaml"
     file.write_text("/a: &a {ros__parameters: {border: 7}}\n/matcher: *a\n")
-    with pytest.raises(ParameterError, match=r"is no YAML file: ROS takes no alias.*line 2"):
+    with pytest.raises(ParameterError, match=r"is not a YAML file: ROS accepts no YAML alias.*line 2"):
         read_parameter_file(file)
 
 
@@ -258,7 +258,7 @@ def test_off_may_be_written_without_quotes_where_yaml_reads_false() -> None:
 def test_a_value_that_plays_no_part_is_told_of_with_what_it_needs() -> None:
     assert Parameters().idle() == []
     (said,) = Parameters(providers="cuda, cpu").idle()
-    assert said == "providers is 'cuda, cpu' and plays no part: it needs backend 'onnxruntime', which is 'torch'"
+    assert said == "providers is 'cuda, cpu' and has no effect: it needs backend 'onnxruntime', which is 'torch'"
     assert Parameters(providers="cuda, cpu", backend="onnxruntime").idle() == []
     values = {"base_frame": "base_link", "keyframe_min_matches": 50, "ratio_threshold": 0.8, "lost_tracks": 5}
     told = Parameters.given({**values, "refine": False}).idle()
@@ -268,13 +268,13 @@ def test_a_value_that_plays_no_part_is_told_of_with_what_it_needs() -> None:
     in_onnx = {"backend": "onnxruntime", "profile": "fast"}
     assert Parameters.given(in_onnx).idle() == [], "nobody chose the profile's depth_confidence"
     (said,) = Parameters.given({**in_onnx, "depth_confidence": 0.5}).idle()
-    assert said.startswith("depth_confidence is 0.5 and plays no part: it needs backend 'torch'")
+    assert said.startswith("depth_confidence is 0.5 and has no effect: it needs backend 'torch'")
 
 
 def test_a_profile_none_of_whose_values_is_in_force_is_told_of() -> None:
     assert Parameters.given({"profile": "fast", "max_keypoints": 300}).idle() == []
     (said,) = Parameters(profile="fast").idle()
-    assert said.startswith("profile is 'fast' and plays no part: extractor, matcher, max_keypoints, depth_confidence")
+    assert said.startswith("profile is 'fast' and has no effect: extractor, matcher, max_keypoints, depth_confidence")
 
 
 def test_what_a_parameter_needs_can_be() -> None:

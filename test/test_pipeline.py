@@ -290,10 +290,10 @@ def test_images_whose_stamps_say_nothing_are_reported_by_topic() -> None:
         ("repeated stamps", "/left/image"),
         ("zero stamps", "/right/image"),
     ]
-    assert "they find no partner, as the other camera's are stamped" in about_stamps()[-1][2]
+    assert "they cannot be paired with the other camera's images, which have stamps" in about_stamps()[-1][2]
     pipeline.add_image(0, image(0))
     pipeline.add_image(1, image(0))
-    assert "tracks and poses are right all the same" in about_stamps()[-1][2]
+    assert "tracks and poses are correct, but their times are not" in about_stamps()[-1][2]
 
 
 def test_what_is_odd_about_a_calibration_is_said_with_every_frame() -> None:

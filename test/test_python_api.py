@@ -93,7 +93,7 @@ def test_features_match_however_they_were_kept(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"descriptors": np.ones((10, 128), np.float32)}, r"keypoints are of shape \(\d+, 2\) in place of \(10, 2\)"),
+        ({"descriptors": np.ones((10, 128), np.float32)}, r"keypoints are of shape \(\d+, 2\) instead of \(10, 2\)"),
         ({"keypoints": np.ones((10, 2))}, r"keypoints are of shape \(10, 2\)"),
         ({"keypoints": np.ones((200, 3))}, r"keypoints are of shape \(200, 3\)"),
         ({"scores": np.ones(10)}, r"scores are of shape \(10,\)"),
@@ -172,13 +172,13 @@ def test_stamps_of_numpy_are_whole_numbers(matcher: FeatureMatcher, images: list
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"stamps": [0.1]}, "a stamp is 0.1; stamps are whole numbers of nanoseconds"),
+        ({"stamps": [0.1]}, "a stamp is 0.1; it must be a whole number of nanoseconds"),
         ({"stamps": [None]}, "a stamp is None"),
         ({"camera": np.eye(3)}, r"must be a kpmatch_ros\.Camera, not a ndarray: use Camera\(width, height, matrix\)"),
         ({"frame_ids": "camera"}, "frame_ids is 'camera'"),
         ({"frame_ids": [None]}, "frame_ids has None"),
         ({"masks": None}, "masks is None"),
-        ({"stamps": 5}, "stamps is 5; it must be a list, with one for each image"),
+        ({"stamps": 5}, "stamps is 5; it must be a list with one item for each image"),
         ({"images": None}, "images is None"),
         ({"images": ["a.png"]}, "the image is a str"),
     ],

@@ -36,7 +36,7 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
         second = rclpy.create_node("second", namespace=ns, context=node.node.context)
         offers = [each.create_publisher(Image, "image", 10) for each in (node.node, second)]
         node.wait_for(lambda: "2 publishers send on" in node.message(), "the two cameras")
-        node.wait_for(lambda: "but nothing comes" in node.message(), "the silence")
+        node.wait_for(lambda: "but nothing arrives" in node.message(), "the silence")
         assert "qos_overrides" not in node.message(), "with queue 'all' the subscription is reliable already"
         node.node.destroy_publisher(offers[0])
         second.destroy_node()

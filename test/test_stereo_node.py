@@ -225,7 +225,7 @@ def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) ->
         for i in range(24):
             camera.send(20 + 0.05 * i, 0.0, late=0.02)
         camera.wait_for_warning(
-            "find no partner within sync_tolerance of their stamps; the last near miss was 0.020000 s off"
+            "have no partner within sync_tolerance of their stamps; the closest stamps last differed by 0.020000 s"
         )
         figures = camera.node.figures()
         assert int(figures[f"unpaired: {node.namespace}/left/image"]) > 0 and figures["frames received"] == "0"
@@ -335,7 +335,7 @@ def test_odometry_chains_the_poses_past_a_lost_frame_and_two_begin_another_frame
         node.wait_for(lambda: len(found) == 5, "poses after the lost ones")
         frames = [(message.header.frame_id, message.header.stamp.nanosec // 10**8) for message in found[3:]]
         assert frames == [("odom", 5), ("odom_1", 9)]
-        camera.wait_for_warning("odometry begins again in the frame odom_1")
+        camera.wait_for_warning("odometry starts again in the frame odom_1")
         assert node.figures()["odometry breaks"] == "1"
         for transitions, frame in ((("deactivate",), "odom_2"), (("deactivate", "cleanup", "configure"), "odom_3")):
             for transition in transitions:
@@ -352,4 +352,4 @@ def test_a_baseline_in_millimetres_is_named_with_its_value(tmp_path: Path) -> No
     with rig(tmp_path) as camera:
         for i in range(2):
             camera.send(1.0 + 0.1 * i, 0.02 * i, baseline=1000 * BASELINE)
-        camera.wait_for_warning(f"the cameras are {1000 * BASELINE:g} m apart by their camera_infos")
+        camera.wait_for_warning(f"the cameras are {1000 * BASELINE:g} m apart according to their camera_infos")

@@ -94,11 +94,11 @@ def appearance(image: NDArray[np.uint8], used: float | None = None) -> str:
     of_16 = "" if used is None else f"; their 16-bit values use {100 * used:.2g} % of the range"
     if high - low <= _FLAT:
         shade = "dark" if high <= _DARK else "white" if low >= _BRIGHT else f"one value ({middle:.0f} of 255)"
-        return f"the pictures are all {shade}{of_16}"
+        return f"the images are all {shade}{of_16}"
     if high <= _DARK:
-        return f"the pictures are all dark (values to {high:.0f} of 255){of_16}"
+        return f"the images are all dark (values to {high:.0f} of 255){of_16}"
     if low >= _BRIGHT:
-        return f"the pictures are all white (values from {low:.0f} of 255){of_16}"
+        return f"the images are all white (values from {low:.0f} of 255){of_16}"
     if high - low <= _FAINT:
-        return f"the pictures have hardly any contrast (values {low:.0f} to {high:.0f} of 255){of_16}"
+        return f"the images have almost no contrast (values {low:.0f} to {high:.0f} of 255){of_16}"
     return of_16.removeprefix("; ")

@@ -120,8 +120,8 @@ def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = No
     if layout is None:
         raise ImageError(
             "encoding",
-            f"encoding {message.encoding!r:.80} is none that holds a picture: publish "
-            "mono8, rgb8, bgr8, mono16, bayer_rggb8, yuv422_yuy2, nv12 or the like",
+            f"encoding {message.encoding!r:.80} is not supported: publish mono8, rgb8, bgr8, mono16, bayer_rggb8, "
+            "yuv422_yuy2, nv12 or the like",
         )
     width, height = _integer(message, "width", "size"), _integer(message, "height", "size")
     what = f"{message.encoding} image of {width} x {height} pixels"
@@ -182,7 +182,8 @@ def check_header(data: bytes, what: str, largest: int = LARGEST_FILE) -> None:
     _check_pixels(width * height, largest, f"{what}: its header declares {width} x {height} pixels,")
     if data.startswith(JPEG) and (scans := jpeg_scans(data)) > _MOST_SCANS:
         raise ImageError(
-            "decode", f"{what}: it has {scans} scans, and a JPEG some ten: the file is damaged, or made to take long"
+            "decode",
+            f"{what}: it has {scans} scans, but a JPEG has about ten: the file is damaged, or was made to take long",
         )
 
 
@@ -208,7 +209,7 @@ def _decompress(message: Any, largest: int, scale: Scale | None) -> NDArray[np.u
     what = f"compressed image with format {message.format!r:.80}"
     if "compressedDepth" in str(message.format):
         raise ImageError(
-            "encoding", f"{what}: holds depth, not a picture: subscribe to the camera's grey or colour image"
+            "encoding", f"{what}: it holds depth, not an image: subscribe to the camera's grey or colour image"
         )
     data = _bytes(message.data, what).tobytes()
     # OpenCV 4 fills the missing part of a truncated JPEG with grey, so completeness is checked here. Other formats are
@@ -226,8 +227,8 @@ def _decompress(message: Any, largest: int, scale: Scale | None) -> NDArray[np.u
     if pixels is None:
         raise ImageError(
             "decode",
-            f"{what}: its {len(data)} bytes are {'damaged' if whole else 'cut short'}: "
-            "look for losses on the way here, or a fault in the camera or its driver",
+            f"{what}: its {len(data)} bytes are {'damaged' if whole else 'cut short'}: check for losses in transport, "
+            "or a fault in the camera or its driver",
         )
     if pixels.ndim == 3:
         return _picture(pixels, "bgr", what, scale)
@@ -256,7 +257,7 @@ def _check_size(width: int, height: int, colour: str, what: str) -> None:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise ImageError("size", f"{what}: width and height must be from 1 to {MAX_SIDE}: correct the publisher")
     if colour in ("yuv422", "yuv422_yuy2", "nv12", "nv21") and width % 2:
-        raise ImageError("size", f"{what}: two neighbours share a colour, so the width must be even")
+        raise ImageError("size", f"{what}: two neighbouring pixels share a colour, so the width must be even")
     if colour.startswith("bayer") and min(width, height) < 3:  # OpenCV would return black
         raise ImageError("size", f"{what}: a Bayer mosaic needs at least 3 x 3 pixels")
 
@@ -266,7 +267,7 @@ def _check_pixels(pixels: int, largest: int, what: str) -> None:
     if pixels > largest:
         raise ImageError(
             "size",
-            f"{what} more than the {largest / 1e6:.1f} million that are taken: send smaller images, or set resize",
+            f"{what} more than the {largest / 1e6:.1f} million that are allowed: send smaller images, or set resize",
         )
 
 
@@ -281,8 +282,8 @@ def _picture(pixels: NDArray[Any], colour: str, what: str, scale: Scale | None) 
             if not (low > -0.5 / 255 and high < 1 + 0.5 / 255):  # values that round to [0, 255]; false for NaN
                 raise ImageError(
                     "value",
-                    f"{what}: floats from {low:g} to {high:g}, but only [0, 1] is a picture: "
-                    "scale them, or publish mono8; depth images cannot be matched",
+                    f"{what}: its floats are from {low:g} to {high:g}, but only [0, 1] is allowed: scale them, or "
+                    "publish mono8; depth images cannot be matched",
                 )
         if scale is not None and pixels.dtype.kind == "u":
             pixels = scale(pixels)

@@ -54,8 +54,8 @@ def _read(name: str, path: str) -> NDArray[np.bool_]:
             pixels = None
     if pixels is None:
         raise ParameterError(
-            f"{name} is {path!r}, which is no image that OpenCV reads, or is cut short: give a PNG that is 0 (black) "
-            "where nothing is to be detected, and white elsewhere"
+            f"{name} is {path!r}, which is not an image that OpenCV can read, or is cut short: use a PNG that is 0 "
+            "(black) where no keypoint may be detected, and white elsewhere"
         )
     return np.asarray(pixels >= _HALF_OF_JPEG if jpeg else pixels != 0)
 

@@ -86,7 +86,7 @@ class Diagnostics:
 
     def _publish(self, stamp: Any, condition: Condition) -> None:
         self._told = {problem.kind for problem in condition.problems}
-        level, text = _assess(condition, self._monitor.is_fed)
+        level, text = _assess(condition, self._monitor.is_receiving)
         values = {"state": condition.state, **self._monitor.values(), **_resources(condition.matcher)}
         array = DiagnosticArray()
         array.header.stamp = stamp
@@ -141,7 +141,7 @@ def log_weights(logger: Any, matcher: FeatureMatcher) -> None:
         if name in REGISTRY:
             terms = REGISTRY[name].terms
         else:
-            terms = "no network" if name == "nearest" else "licence unknown: see where it comes from"
+            terms = "no network" if name == "nearest" else "licence unknown: check where it comes from"
         logger.info(f"{role} {name} ({terms})")
     if matcher.onnx is None:
         logger.info(f"on {matcher.device} in {format_name(matcher.dtype)}")
@@ -156,23 +156,23 @@ def next_step(state: str) -> str:
     return f"{state}: {_NEXT[state]}"
 
 
-def _assess(condition: Condition, is_fed: bool) -> tuple[bytes, str]:
-    """Return level and text of the status. ``is_fed`` says whether frames arrive."""
+def _assess(condition: Condition, is_receiving: bool) -> tuple[bytes, str]:
+    """Return level and text of the status. ``is_receiving`` says whether frames arrive."""
     if condition.fault:
         return DiagnosticStatus.ERROR, _cut(condition.fault)
     if condition.state != "active":
         return DiagnosticStatus.OK, next_step(condition.state)
     if condition.problems:
         return DiagnosticStatus.WARN, in_short(condition.problems)
-    return DiagnosticStatus.OK, "matching" if is_fed else "waiting for images"
+    return DiagnosticStatus.OK, "matching" if is_receiving else "waiting for images"
 
 
 def in_short(problems: list[Problem]) -> str:
     """Return one sentence per kind of problem, limited in length and in number."""
     sentences = {problem.kind: problem.explanation for problem in problems}
-    told = list(dict.fromkeys(_cut(" ".join(text.split())) for text in sentences.values()))
-    left_out = [f"and {len(told) - _MOST_PROBLEMS} other problems"] if len(told) > _MOST_PROBLEMS else []
-    return "; ".join(told[:_MOST_PROBLEMS] + left_out)
+    texts = list(dict.fromkeys(_cut(" ".join(text.split())) for text in sentences.values()))
+    left_out = [f"and {len(texts) - _MOST_PROBLEMS} other problems"] if len(texts) > _MOST_PROBLEMS else []
+    return "; ".join(texts[:_MOST_PROBLEMS] + left_out)
 
 
 def _cut(text: str) -> str:
@@ -193,6 +193,6 @@ def _resources(matcher: FeatureMatcher | None) -> dict[str, str]:
         if matcher.device.type == "cuda":
             values["GPU"] = torch.cuda.get_device_name(matcher.device)
             if matcher.graphs is not None and matcher.graphs.failure:
-                values["CUDA graphs"] = f"none, so it is slower: {_cut(matcher.graphs.failure)}"
+                values["CUDA graphs"] = f"none, so the networks run slower: {_cut(matcher.graphs.failure)}"
             values["GPU memory (MB)"] = f"{torch.cuda.memory_allocated(matcher.device) / 1e6:.0f}"
     return values

@@ -18,4 +18,4 @@ def domain_fault(domain: int, middleware: str) -> str:
     """
     if domain <= _HIGHEST or "zenoh" in middleware:
         return ""
-    return f"ROS_DOMAIN_ID is {domain}, and {middleware} has domains 0 to {_HIGHEST}"
+    return f"ROS_DOMAIN_ID is {domain}, but {middleware} has domains 0 to {_HIGHEST}"

@@ -181,20 +181,20 @@ class Inputs:
         """
         for side, camera in enumerate(self._cameras):
             for what, topic in camera.topics.items():
-                policy, _ = self._disagreement(topic, getattr(camera, what))
+                policy, _ = self._qos_mismatch(topic, getattr(camera, what))
                 if not policy:
                     continue
-                text = self._unheard(topic, policy)
-                if self._lowers(policy):
+                text = self._mismatch_text(topic, policy)
+                if self._falls_back(policy):
                     text = (
-                        f"the publisher of {topic} offers another {policy}: receiving it best effort instead: frames "
-                        "may be lost on the way"
+                        f"the publisher of {topic} offers another {policy}: the node receives best effort instead, so "
+                        "frames may be lost"
                     )
                     self._best_effort.add(topic)
                     self._node.destroy_subscription(getattr(camera, what))
                     self._subscribe_to(side, what)
                 self._warn(text)
-        for problem in self._unheard_transforms():
+        for problem in self._transforms_mismatch():
             self._warn(problem.explanation)
 
     def _warn(self, text: str) -> None:
@@ -202,7 +202,7 @@ class Inputs:
             self._warned.add(text)
             self._node.get_logger().warning(text)
 
-    def hear_latched(self) -> None:
+    def subscribe_to_latched(self) -> None:
         """Subscribe to calibrations that are published only once, maybe before this node started.
 
         To be called periodically. A latched message reaches only subscriptions with durability transient_local, and
@@ -212,7 +212,7 @@ class Inputs:
         for side, camera in enumerate(self._cameras):
             if camera.info is None or camera.latched_info is not None:
                 continue
-            offers = self._offers(camera.info_topic)
+            offers = self._publishers(camera.info_topic)
             if any(offer.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL for offer in offers):
                 camera.latched_info = self._node.create_subscription(
                     CameraInfo,
@@ -241,29 +241,29 @@ class Inputs:
         Args:
             synchroniser: knows which camera of a stereo pair is silent.
         """
-        found = self._unheard_transforms()
+        found = self._transforms_mismatch()
         now = time.monotonic()
         waited = now - self._subscribed_at
         for side, camera in enumerate(self._cameras):
             if camera.image is None:
                 continue
-            unheard: dict[str, bool] = {}  # whether there are publishers, but all with incompatible QoS
+            blocked: dict[str, bool] = {}  # whether there are publishers, but all with incompatible QoS
             for what, topic in camera.topics.items():
-                policy, unheard[what] = self._disagreement(topic, getattr(camera, what))
-                if policy and not self._lowers(policy):
-                    found.append(Problem(f"QoS: {topic}", self._unheard(topic, policy)))
+                policy, blocked[what] = self._qos_mismatch(topic, getattr(camera, what))
+                if policy and not self._falls_back(policy):
+                    found.append(Problem(f"QoS: {topic}", self._mismatch_text(topic, policy)))
             silent = waited if camera.arrived is None else now - camera.arrived
             stereo = len(self._cameras) == 2
             missed, alone = (synchroniser.since[side], synchroniser.silent(side)) if stereo else (0, False)
-            if (silent > camera.silent_after or alone) and not unheard["image"]:
+            if (silent > camera.silent_after or alone) and not blocked["image"]:
                 found.append(self._silence(camera, silent, missed))
-            found += self._mixed(camera.image_topic, _type_name(self._image_type), "images")
-            found += self._mixed(camera.info_topic, _type_name(CameraInfo), "calibrations")
+            found += self._mixed_publishers(camera.image_topic, _type_name(self._image_type), "images")
+            found += self._mixed_publishers(camera.info_topic, _type_name(CameraInfo), "calibrations")
             mask = camera.mask_topic
             if self._node.count_publishers(mask) and (why := self._wrong_publishers(mask, _type_name(Image))):
                 found.append(Problem(f"no mask: {mask}", f"no mask on {mask}: {why}"))
             info = camera.info_topic
-            if not camera.calibrated and waited > _SILENT_AFTER and not unheard["info"]:
+            if not camera.calibrated and waited > _SILENT_AFTER and not blocked["info"]:
                 why = self._wrong_publishers(info, _type_name(CameraInfo)) or "its publisher has sent nothing"
                 explanation = f"no calibration on {info}, so no relative pose: {why}"
                 found.append(Problem(f"no calibration: {info}", explanation))
@@ -273,40 +273,40 @@ class Inputs:
         topic = camera.image_topic
         why = self._wrong_publishers(topic, _type_name(self._image_type))
         if not why:
-            why = f"it has {self._node.count_publishers(topic)} publisher(s), but nothing comes; "
+            why = f"it has {self._node.count_publishers(topic)} publisher(s), but nothing arrives; "
             if camera.image.qos_profile.reliability == ReliabilityPolicy.RELIABLE:
-                why += f"the subscription is reliable, so look whether they send: ros2 topic hz {topic}"
+                why += f"the subscription is reliable, so check whether they publish: ros2 topic hz {topic}"
             else:
                 why += (
-                    "large images are easily lost best effort, which "
-                    f"qos_overrides.{topic}.subscription.reliability: reliable prevents"
+                    "large images are easily lost with best effort: set "
+                    f"qos_overrides.{topic}.subscription.reliability to reliable"
                 )
             if others := _other_users_of_shared_memory():
                 why += (
-                    f"; or the publisher is another user's process on this machine (user {', '.join(others)}), of "
-                    "which Fast DDS's shared memory brings nothing: start both as one user, or one of the two with "
-                    "FASTDDS_BUILTIN_TRANSPORTS=UDPv4"
+                    f"; or the publisher is a process of another user on this machine (user {', '.join(others)}), "
+                    "from which Fast DDS's shared memory delivers nothing: start both as one user, or one of the two "
+                    "with FASTDDS_BUILTIN_TRANSPORTS=UDPv4"
                 )
         meanwhile = f", {missed} images of the other camera" if missed else ""
         return Problem(f"silent: {topic}", f"no image on {topic} for {silent:.1f} s{meanwhile}: {why}")
 
     def _wrong_publishers(self, topic: str, wanted: str) -> str:
         """Explain that a topic has no publisher of the wanted type, and what to do. Empty if it has one."""
-        types = {offer.topic_type for offer in self._offers(topic)}
+        types = {offer.topic_type for offer in self._publishers(topic)}
         if wanted in types:
             return ""
         other, transport = _OTHER_TRANSPORT[wanted] if topic in self.topics else ("", "")
         if types:
-            remedy = f"set image_transport to {transport}" if other in types else "another topic is meant"
+            remedy = f"set image_transport to {transport}" if other in types else f"remap to a topic of type {wanted}"
             return f"its publisher sends {' and '.join(sorted(types))}, not {wanted}; {remedy}"
         near = self._nearest(topic, wanted)
         sent = self._nearest(topic, other, "/compressed" if transport == "compressed" else "") if other else ""
         if sent and sent.removesuffix("/compressed") == topic.removesuffix("/compressed"):
             return f"nobody publishes it; {sent} is published: set image_transport to {transport}"
         if near:
-            return f"nobody publishes it; {near} is published: remap to it if it is meant"
+            return f"nobody publishes it; {near} is published: remap to it if it is the correct topic"
         if sent:
-            remedy = f"remap to it, and set image_transport to {transport}, if it is meant"
+            remedy = f"remap to it, and set image_transport to {transport}, if it is the correct topic"
             return f"nobody publishes it; {sent} is published: {remedy}"
         return "nobody publishes it"
 
@@ -331,35 +331,35 @@ class Inputs:
         ]
         return next(iter(difflib.get_close_matches(topic, published, n=1, cutoff=0.0)), "")
 
-    def _mixed(self, topic: str, wanted: str, what: str) -> list[Problem]:
+    def _mixed_publishers(self, topic: str, wanted: str, what: str) -> list[Problem]:
         """Report several publishers of images or calibrations on one topic, which cannot be told apart."""
-        names = self._senders.on(topic, [offer for offer in self._offers(topic) if offer.topic_type == wanted])
+        names = self._senders.on(topic, [offer for offer in self._publishers(topic) if offer.topic_type == wanted])
         if len(names) < 2:
             return []
         text = f"{len(names)} publishers send on {topic} ({listed(names)}): {what} of several cameras are mixed"
         return [Problem(f"publishers: {topic}", text)]
 
-    def _offers(self, topic: str) -> list[Any]:
+    def _publishers(self, topic: str) -> list[Any]:
         """Return the publishers on one of the topics, of any type."""
         return self._node.get_publishers_info_by_topic(self._asked[topic])  # rclpy remaps this name, too
 
-    def _disagreement(self, topic: str, subscription: Any) -> tuple[str, bool]:
+    def _qos_mismatch(self, topic: str, subscription: Any) -> tuple[str, bool]:
         """Return the QoS policy of the first incompatible publisher, and whether all publishers are incompatible."""
         wanted = _type_name(subscription.msg_type)
-        offers = [offer for offer in self._offers(topic) if offer.topic_type == wanted]
+        offers = [offer for offer in self._publishers(topic) if offer.topic_type == wanted]
         policies = [mismatch(offer.qos_profile, subscription.qos_profile) for offer in offers]
         return next(filter(None, policies), ""), bool(policies) and all(policies)
 
-    def _unheard_transforms(self) -> list[Problem]:
+    def _transforms_mismatch(self) -> list[Problem]:
         """Report an incompatible publisher of /tf_static, if there is one."""
-        policy, _ = ("", False) if self._transforms is None else self._disagreement(self._static, self._transforms)
-        return [Problem(f"QoS: {self._static}", self._unheard(self._static, policy))] if policy else []
+        policy, _ = ("", False) if self._transforms is None else self._qos_mismatch(self._static, self._transforms)
+        return [Problem(f"QoS: {self._static}", self._mismatch_text(self._static, policy))] if policy else []
 
-    def _lowers(self, policy: str) -> bool:
+    def _falls_back(self, policy: str) -> bool:
         """Whether :meth:`adapt` resolves a mismatch, by making a subscription of queue 'all' best effort."""
         return policy == "reliability" and self._parameters.queue == "all"
 
-    def _unheard(self, topic: str, policy: str) -> str:
+    def _mismatch_text(self, topic: str, policy: str) -> str:
         remedy = f"change the publisher{or_override(topic, 'subscription', policy)}"
         return f"the publisher of {topic} offers another {policy}: its messages do not arrive; {remedy}"
 

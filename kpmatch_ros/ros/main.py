@@ -58,8 +58,8 @@ def main(args: list[str] | None = None) -> int:
             rclpy.spin(node)
         elif rclpy.ok():
             node.get_logger().fatal(
-                "the node ends: it cannot start with these parameters. autostart: false lets it wait for a lifecycle "
-                "manager, and respawn:=true of the launch file starts it again"
+                "the node exits: it cannot start with these parameters. With autostart: false it waits for a "
+                "lifecycle manager; with respawn:=true the launch file starts it again"
             )
             status = 1
     except (ParameterError, InvalidParameterTypeException, InvalidParameterValueException) as error:

@@ -16,7 +16,7 @@ __all__ = ["ManagerBond"]
 
 _TOPIC = "bond"
 _TIMEOUT = 4.0  # seconds without a heartbeat after which the bond is broken; the value of nav2's own nodes
-_FAREWELL = Duration(seconds=0.5)  # longest wait for the arrival of the bond's last message
+_LAST_MESSAGE_WAIT = Duration(seconds=0.5)  # longest wait for the arrival of the bond's last message
 
 
 class ManagerBond:
@@ -38,7 +38,10 @@ class ManagerBond:
             return
         log = self._node.get_logger()
         if Bond is None:
-            log.info("no bond with a lifecycle manager: bondpy is not installed. nav2's wants bond_timeout: 0.0 then")
+            log.info(
+                "no bond with a lifecycle manager: bondpy is not installed. Set bond_timeout of nav2's lifecycle "
+                "manager to 0.0"
+            )
             return
         self._bond = Bond(self._node, _TOPIC, self._node.get_name(), on_broken=self._on_broken)
         self._bond.set_heartbeat_period(period)
@@ -51,7 +54,7 @@ class ManagerBond:
         if bond is not None:
             try:
                 bond.shutdown()
-                bond.pub.wait_for_all_acked(_FAREWELL)  # destroying the publisher discards undelivered messages
+                bond.pub.wait_for_all_acked(_LAST_MESSAGE_WAIT)  # destroying the publisher discards undelivered ones
             except (InvalidHandle, RuntimeError):
                 if self._node.context.ok():
                     raise  # otherwise the context is shut down: nothing can be sent, and the manager's timeout applies

@@ -46,7 +46,7 @@ class MatchRequest:
                 release_memory()
                 return self.refuse(f"out of memory: {text}; keep fewer features, or lower max_keypoints")
             self._logger.error(traceback.format_exc())
-            return self.refuse(f"the match was lost to {type(error).__name__}: {text}")
+            return self.refuse(f"the match failed because of {type(error).__name__}: {text}")
         self._answered.set_result(response)
         return str(response.message)
 

@@ -16,7 +16,7 @@ from kpmatch_ros.geometry.pose import PoseStatus
 __all__ = ["Monitor", "Problem"]
 
 
-_BARREN_AFTER = 1.0  # seconds of frames with hardly any match before a warning
+_NO_MATCHES_AFTER = 1.0  # seconds of frames with hardly any match before a warning
 
 
 class Problem(NamedTuple):
@@ -48,7 +48,7 @@ class Monitor:
         self._interruptions = 0
         self._odometry_breaks: int | None
         self._answered: Counter[str] = Counter()
-        self._barren: tuple[float, float, str] | None  # begin and end of a period without matches, and the reason
+        self._no_matches: tuple[float, float, str] | None  # begin and end of a period without matches, and the reason
         # By kind, only the last one with its time: every frame may cause a problem, and explanations may be long.
         self._failures: dict[str, tuple[float, Problem]] = {}
         self._arrivals: deque[float] = deque()
@@ -62,7 +62,7 @@ class Monitor:
         with self._lock:
             self._last = dict.fromkeys(("keypoints", "matches", "inlier ratio", "layers"), "")
             self._odometry_breaks = None
-            self._barren = None
+            self._no_matches = None
 
     def received(self) -> None:
         """Count a frame that arrived."""
@@ -71,7 +71,7 @@ class Monitor:
             self._arrivals.append(self._clock())
 
     @property
-    def is_fed(self) -> bool:
+    def is_receiving(self) -> bool:
         """Whether a frame has arrived within the last `window` seconds."""
         with self._lock:
             return bool(self._arrivals) and self._arrivals[-1] >= self._clock() - self._window
@@ -143,7 +143,7 @@ class Monitor:
         """Record that a frame was matched. A non-empty fault says why there are too few keypoints or matches."""
         with self._lock:
             now = self._clock()
-            self._barren = (now if self._barren is None else self._barren[0], now, fault) if fault else None
+            self._no_matches = (now if self._no_matches is None else self._no_matches[0], now, fault) if fault else None
 
     def odometry(self, breaks: int, explanation: str) -> None:
         """Record the number of breaks in the odometry chain after a pose was added, and explain a new break."""
@@ -176,9 +176,9 @@ class Monitor:
         with self._lock:
             self._forget()
             found = {kind: problem for kind, (_, problem) in self._failures.items()}
-            if self._barren is not None:
-                since, last, why = self._barren
-                if last - since >= _BARREN_AFTER and self._clock() - last <= self._window:
+            if self._no_matches is not None:
+                since, last, why = self._no_matches
+                if last - since >= _NO_MATCHES_AFTER and self._clock() - last <= self._window:
                     kind = "nothing matches"
                     found[kind] = Problem(kind, f"nothing has matched for {last - since:.0f} s: {why}")
             return list(found.values())

@@ -47,9 +47,9 @@ _TO_UNCONFIGURED = {
     "inactive": "clean it up first (ros2 lifecycle set)",
 }
 _TOO_SLOW = (
-    f"frames are dropped though queue is all: those that wait take more than {WAITING_MEMORY / 1e9:g} GB, as they come "
-    "faster than they are processed. Play the bag slower (ros2 bag play --rate), lower max_keypoints or resize, or set "
-    "queue to latest"
+    f"frames are dropped although queue is all: waiting frames take more than {WAITING_MEMORY / 1e9:g} GB, because "
+    "they arrive faster than they are processed. Play the bag slower (ros2 bag play --rate), lower max_keypoints or "
+    "resize, or set queue to latest"
 )
 
 Answer = TypeVar("Answer")
@@ -62,7 +62,7 @@ class _Received(NamedTuple):
     arrived: float  # monotonic seconds
 
 
-class _Alone(NamedTuple):
+class _Unpaired(NamedTuple):
     """An image without a partner, because the other camera of the stereo pair is silent."""
 
     image: Any  # image message
@@ -92,13 +92,13 @@ class MatcherNode(LifecycleNode):
         self.add_on_set_parameters_callback(self._check_parameters)
         # rclpy silently ignores undeclared parameters. A name similar to one of this node's is reported as a typing
         # error. Other names may belong to another node.
-        self._slips = [
+        self._unknown_parameters = [
             Problem(f"parameter: {text}", text)
             for text in without_effect(getattr(self, "_parameter_overrides", {}))
             if "did you mean" in text
         ]
-        for slip in self._slips:
-            self.get_logger().warning(slip.explanation)
+        for problem in self._unknown_parameters:
+            self.get_logger().warning(problem.explanation)
 
         self._state = "unconfigured"
         self.fault = ""
@@ -108,7 +108,7 @@ class MatcherNode(LifecycleNode):
         self._pipeline: Pipeline | None = None
         self._odometry = Odometry()  # one for the node's lifetime: its frames are numbered across configurations
         self._inference: ThreadPoolExecutor | None = None
-        self._inbox: Inbox[_Received | _Alone, MatchRequest] | None = None
+        self._inbox: Inbox[_Received | _Unpaired, MatchRequest] | None = None
         self._bond = ManagerBond(self)
 
         self._diagnostics = Diagnostics(self, self.monitor, self._condition)
@@ -146,7 +146,7 @@ class MatcherNode(LifecycleNode):
 
         def lost(error: Exception) -> None:
             why = f"{type(error).__name__}: {error}"
-            look = f"look at what its publisher sends: ros2 topic echo {topic}"
+            look = f"check what its publisher sends: ros2 topic echo {topic}"
             self.monitor.message_lost(topic, f"a message on {topic} was left out: {why}; {look}")
 
         callback = survives(callback, self, lost)
@@ -167,7 +167,7 @@ class MatcherNode(LifecycleNode):
         for text in parameters.idle():
             self.get_logger().warning(text)
         if parameters.publish_odometry and parameters.base_frame and TFMessage is None:
-            raise ParameterError(f"base_frame is {parameters.base_frame!r}, which takes /tf_static, but {INSTALL}")
+            raise ParameterError(f"base_frame is {parameters.base_frame!r}, which needs /tf_static, but {INSTALL}")
         self._inputs = self._make_inputs()
         check_topics({**self._inputs.names, **output_names(parameters)}, self.resolve_topic_name)
         self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD_NAME)
@@ -278,10 +278,10 @@ class MatcherNode(LifecycleNode):
 
     def _wait_for(self, future: Future[Answer]) -> Answer:
         """Wait for a future and return its result, unless the process is asked to end. Diagnostics continue."""
-        told = -1.0  # earlier than any time: the first message is published at once, however short the wait
+        published = -1.0  # earlier than any time: the first message is published at once, however short the wait
         while self.context.ok():
-            if time.monotonic() >= told + 1.0:  # the executor is blocked in here, so its timers do not run
-                told = time.monotonic()
+            if time.monotonic() >= published + 1.0:  # the executor is blocked in here, so its timers do not run
+                published = time.monotonic()
                 self._diagnostics.every_second()
             if wait([future], 0.1).done:
                 return future.result()
@@ -327,11 +327,11 @@ class MatcherNode(LifecycleNode):
 
     def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._pipeline is None:
-            response.message = f"there are no features and tracks, and the node is {next_step(self._state)}"
+            response.message = f"there are no features and tracks to discard: the node is {next_step(self._state)}"
             return response
         self._pipeline.request_reset()
         response.success = True
-        response.message = "features and tracks are forgotten; the next frame begins new tracks"
+        response.message = "features and tracks are discarded; the next frame starts new tracks"
         return response
 
     def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
@@ -343,8 +343,9 @@ class MatcherNode(LifecycleNode):
             parameters = in_force.replace(values)
             if parameters.profile != in_force.profile:
                 raise ParameterError(
-                    "profile chooses among the values that the node starts with: start it with "
-                    f"profile:={parameters.profile}, or set {', '.join(profile_values(parameters.profile)) or 'others'}"
+                    "profile only chooses the values that the node starts with: start it with "
+                    f"profile:={parameters.profile}, or set "
+                    f"{', '.join(profile_values(parameters.profile)) or 'others'}"
                 )
             fixed = [
                 name
@@ -363,14 +364,14 @@ class MatcherNode(LifecycleNode):
 
     # Processing, on the inference thread
 
-    def _process_frames(self, inbox: Inbox[_Received | _Alone, MatchRequest], pipeline: Pipeline) -> None:
+    def _process_frames(self, inbox: Inbox[_Received | _Unpaired, MatchRequest], pipeline: Pipeline) -> None:
         trimmed = time.monotonic()
         while (received := inbox.take()) is not None:
             if isinstance(received, MatchRequest):
                 self.monitor.answered(received.answer(pipeline))
                 continue
             try:
-                if isinstance(received, _Alone):
+                if isinstance(received, _Unpaired):
                     pipeline.interrupt(received.image)
                     continue
                 self._inputs.wait_for_calibration()
@@ -388,7 +389,7 @@ class MatcherNode(LifecycleNode):
                     text = (str(error) or type(error).__name__).splitlines()[0]
                     self.monitor.rejected("memory", f"out of memory: {text}; lower resize or max_keypoints")
                     continue
-                self.monitor.rejected("internal error", f"a frame was lost to {type(error).__name__}: {error}")
+                self.monitor.rejected("internal error", f"a frame was lost because of {type(error).__name__}: {error}")
                 self.get_logger().error(traceback.format_exc())
             if time.monotonic() > trimmed + _TRIM_INTERVAL:
                 trim_heap()
@@ -403,10 +404,10 @@ class MatcherNode(LifecycleNode):
 
     def _watch(self) -> None:
         if self._state == "active" and self._pipeline is not None:
-            self._inputs.hear_latched()
+            self._inputs.subscribe_to_latched()
             alone = self._pipeline.watch(time.monotonic())
             if alone is not None and self._inbox is not None:
-                self._inbox.put_last(_Alone(alone))  # the inference thread reports it, after the frames before it
+                self._inbox.put_last(_Unpaired(alone))  # the inference thread reports it, after the frames before it
         self._diagnostics.watch()
 
     def _condition(self) -> Condition:
@@ -416,7 +417,7 @@ class MatcherNode(LifecycleNode):
             if self._state == "active":
                 assert self._outputs is not None
                 condition.problems = [
-                    *self._slips,
+                    *self._unknown_parameters,
                     *self._inputs.problems(self._pipeline.synchroniser),
                     *self._outputs.problems(),
                     *self.monitor.problems(),

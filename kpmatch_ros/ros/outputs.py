@@ -33,7 +33,7 @@ class Outputs:
         self._senders = Senders()
         self._refused: dict[str, str] = {}  # by topic: text about a subscriber with incompatible QoS
         if parameters.publish_odometry and parameters.publish_tf and TFMessage is None:
-            node.get_logger().warning(f"odometry is published, but not into TF: {INSTALL}", once=True)
+            node.get_logger().warning(f"odometry is published, but not to TF: {INSTALL}", once=True)
         self._publishers: dict[str, Any] = {}
         try:
             for name, (kind, depth) in _kinds(parameters).items():
@@ -87,7 +87,7 @@ class Outputs:
                 names += publishers
         if not topics:
             return []
-        others = listed(names) + (", another one of this name" if own in names else "")
+        others = listed(names) + (", another node of this name" if own in names else "")
         text = (
             f"another node publishes on {', '.join(topics)} too ({others}): subscribers receive both, mixed. Stop one "
             "of them, or give each a namespace of its own"

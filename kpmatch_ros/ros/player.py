@@ -110,7 +110,7 @@ def play(
             while not condition():
                 check()
                 if time.monotonic() > end:
-                    raise TimeoutError(f"waited {timeout:.0f} s in vain for {what}")
+                    raise TimeoutError(f"timed out after {timeout:.0f} s waiting for {what}")
                 listener.spin()
 
         def connected() -> bool:
@@ -119,7 +119,7 @@ def play(
                 listener.node.count_publishers(topic) for topic in ("matches", "relative_pose", "match_image")
             )
 
-        wait_for(connected, "the node to come up", _START_TIMEOUT)
+        wait_for(connected, "the node to start", _START_TIMEOUT)
         # Messages that the node publishes before it has discovered the listener's subscriptions are lost. An answer to
         # a service request proves that it has discovered everything that the listener created before the request. An
         # answer may be lost for the same reason, so the request is repeated.
@@ -131,7 +131,7 @@ def play(
                 asked.append((time.monotonic(), client.call_async(GetParameterTypes.Request())))
             return any(answer.done() for _, answer in asked)
 
-        wait_for(known, "the node to know who listens", _START_TIMEOUT)
+        wait_for(known, "the node to discover its subscribers", _START_TIMEOUT)
         # disable=None: no progress bar if stderr is not a terminal
         for number, frame in enumerate(tqdm(frames, desc="frames", unit="frame", disable=None, leave=False)):
             sent = send(frame, infos, images)

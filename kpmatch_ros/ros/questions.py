@@ -58,7 +58,7 @@ def messages() -> str:
 
     for kind in (FeatureArray, MatchArray, RelativePose):
         if deserialize_message(serialize_message(kind()), kind) != kind():
-            raise RuntimeError(f"{kind.__name__} does not survive being sent")
+            raise RuntimeError(f"{kind.__name__} changes when it is serialised and read again")
     return str(kpmatch_ros.msg.__file__)
 
 

@@ -25,7 +25,7 @@ def full_name(offer: Any) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """Return the names of senders as text for the user, without duplicates."""
-    return ", ".join(sorted({name or "one whose name is not known" for name in names}))
+    return ", ".join(sorted({name or "a node of unknown name" for name in names}))
 
 
 class Senders:

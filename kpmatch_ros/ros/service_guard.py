@@ -139,7 +139,7 @@ def _too_long(request: Any) -> str:
     for name in _LISTS:
         count = len(getattr(request, name, ()))
         if count > _MOST_ENTRIES:
-            return f"{count} {name} in one request, more than {_MOST_ENTRIES}: ask in several"
+            return f"{count} {name} in one request, more than {_MOST_ENTRIES}: send several requests"
     return ""
 
 

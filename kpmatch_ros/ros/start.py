@@ -21,11 +21,11 @@ THREAD_NAME = "inference"
 _USAGE = """\
 usage: matcher --ros-args [-r image:=TOPIC] [-r camera_info:=TOPIC] [-p PARAMETER:=VALUE] [--params-file FILE]
 
-Matches the images of a camera. All arguments are ROS's own, and stand after --ros-args.
+Matches the images of a camera. The node takes only ROS arguments, after --ros-args.
 docs/topics.md lists the topics, docs/parameters.md the parameters.
 """
 
-_HEARING = 1.0  # seconds that rclpy's signal thread may take to shut ROS down
+_SHUTDOWN_WAIT = 1.0  # seconds that rclpy's signal thread may take to shut ROS down
 
 
 def why_ros_cannot_start(error: Exception) -> str:
@@ -47,7 +47,7 @@ def answer_to(words: Sequence[str]) -> int:
     is_parameter = name in {item.name for item in declarations()}
     instead = f"{'-p' if is_parameter else '-r'} {name}:={value}" if assigned else "-r image:=TOPIC"
     print(
-        f"matcher: {words[0]!r} is not one of ROS's arguments, which stand after --ros-args: "
+        f"matcher: {words[0]!r} is not a ROS argument. The node takes only ROS arguments, after --ros-args: "
         f"{matcher_in_shell(f'--ros-args {instead}')}",
         file=sys.stderr,
     )
@@ -60,7 +60,7 @@ def told_to_end() -> bool:
     Both a thread of rclpy and Python handle a signal. Python may be first, and its interrupt may surface as another
     exception. So this waits up to a second for rclpy.
     """
-    end = time.monotonic() + _HEARING
+    end = time.monotonic() + _SHUTDOWN_WAIT
     while rclpy.ok() and time.monotonic() < end:
         time.sleep(0.01)
     return not rclpy.ok()

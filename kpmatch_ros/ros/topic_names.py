@@ -27,6 +27,6 @@ def check_topics(names: Mapping[str, str], resolve: Callable[[str], str]) -> Non
         other, same = taken.setdefault(topic, (name, holds))
         if holds != same:
             raise ParameterError(
-                f"{other} and {name} are both the topic {topic}: look at the remapping (-r {name}:=…, or the launch "
-                "arguments), and give each a topic of its own"
+                f"{other} and {name} are both the topic {topic}: check the remapping (-r {name}:=…, or the launch "
+                "arguments), and give each its own topic"
             )

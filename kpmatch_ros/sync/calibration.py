@@ -76,7 +76,7 @@ class Calibration:
             self._held[side] += _bytes(info) - _bytes(infos.pop(stamp, None))
             infos[stamp] = info
             while self._held[side] > self._memory and len(infos) > 1:
-                self._let_go_of_oldest(side)
+                self._delete_oldest(side)
             self._changed.notify_all()
 
     def complete(self, stamps: Sequence[int]) -> bool:
@@ -112,9 +112,9 @@ class Calibration:
             oldest = next(iter(infos))
             if oldest == used or (oldest > used and not went_back):
                 return
-            self._let_go_of_oldest(side)
+            self._delete_oldest(side)
 
-    def _let_go_of_oldest(self, side: int) -> None:
+    def _delete_oldest(self, side: int) -> None:
         infos = self._infos[side]
         self._held[side] -= _bytes(infos.pop(next(iter(infos))))
 
@@ -144,8 +144,12 @@ class Calibration:
             self._made_of, self._frame_ids, self._camera, self._fault, self.doubts = infos, frame_ids, None, None, []
             try:
                 self._camera = self._make(infos)
-                of_frame = self._of_frame(infos, frame_ids)
-                self.doubts = [*self._of_baseline(), *self._of_names(infos), *self._of_numbers(infos), *of_frame]
+                self.doubts = [
+                    *self._baseline_doubts(),
+                    *self._topic_name_doubts(infos),
+                    *self._number_doubts(infos),
+                    *self._frame_id_doubts(infos, frame_ids),
+                ]
             except CalibrationError as error:
                 self._fault = error
         if self._fault is not None:
@@ -161,17 +165,17 @@ class Calibration:
             return Camera.from_camera_info(infos[0], rectified=self._rectified)
         return StereoCamera.from_camera_infos(infos[0], infos[1], rectified=self._rectified)
 
-    def _of_baseline(self) -> list[Doubt]:
+    def _baseline_doubts(self) -> list[Doubt]:
         least, most = _PLAUSIBLE_BASELINES
         if not isinstance(self._camera, StereoCamera) or least <= self._camera.baseline <= most:
             return []
         explanation = (
-            f"the cameras are {self._camera.baseline:.6g} m apart by their camera_infos (P[3] / P[0] of the right "
-            "one): is P[3] in millimetres, or of another unit? Poses and odometry have the same scale"
+            f"the cameras are {self._camera.baseline:.6g} m apart according to their camera_infos (P[3] / P[0] of the "
+            "right one): is P[3] in millimetres, or in another unit? Poses and odometry have the same scale"
         )
         return [Doubt("baseline", explanation)]
 
-    def _of_names(self, infos: tuple[Any, ...]) -> list[Doubt]:
+    def _topic_name_doubts(self, infos: tuple[Any, ...]) -> list[Doubt]:
         """Doubts about topics whose names contradict `rectified`: they say that their images are rectified, or raw."""
         found = []
         for topic, info in zip(self._topics, infos):
@@ -183,47 +187,47 @@ class Calibration:
             distortion = f"the distortion of camera_info (D is {listed(coefficients)})"
             if named == "rectified":
                 explanation = (
-                    f"by its name {topic} has rectified images, but rectified is false, so {distortion} is corrected "
-                    "once more: set rectified to true if they are rectified"
+                    f"according to its name, {topic} has rectified images, but rectified is false, so {distortion} is "
+                    "corrected a second time: set rectified to true if they are rectified"
                 )
             else:
                 explanation = (
-                    f"by its name {topic} has raw images, but rectified is true, so {distortion} is not corrected: set "
-                    "rectified to false if they are not rectified"
+                    f"according to its name, {topic} has raw images, but rectified is true, so {distortion} is not "
+                    "corrected: set rectified to false if they are not rectified"
                 )
             found.append(Doubt(f"rectified on {topic}", explanation))
         return found
 
-    def _of_frame(self, infos: tuple[Any, ...], frame_ids: Sequence[str]) -> list[Doubt]:
+    def _frame_id_doubts(self, infos: tuple[Any, ...], frame_ids: Sequence[str]) -> list[Doubt]:
         """A doubt if the calibration has another frame_id than the images.
 
         Only the left camera is checked, because poses are in its frame. The right camera_info may have either frame_id:
         drivers of rectified pairs give both cameras that of the left one.
         """
-        told = infos[0].header.frame_id
-        names = {frame_name(name) for name in (told, *frame_ids[:1])}
+        frame_id = infos[0].header.frame_id
+        names = {frame_name(name) for name in (frame_id, *frame_ids[:1])}
         if not frame_ids or "" in names or len(names) == 1:
             return []
         explanation = (
             f"the images on {self._topics[0]} have the frame_id {frame_ids[0]!r:.80}, but their camera_info has "
-            f"{told!r:.80}: is it another camera's? Poses are in the images' frame, which has to be the camera's "
-            "optical one"
+            f"{frame_id!r:.80}: does it belong to another camera? Poses are in the frame of the images, which must be "
+            "the camera's optical frame"
         )
         return [Doubt("frame", explanation)]
 
-    def _of_numbers(self, infos: tuple[Any, ...]) -> list[Doubt]:
+    def _number_doubts(self, infos: tuple[Any, ...]) -> list[Doubt]:
         """Doubts about numbers that are valid, but look like those of another image size or another lens model."""
         found = []
         for topic, info in zip(self._topics, infos):
-            middle = _middle(info, self._rectified)
-            if middle:
-                found.append(Doubt(f"principal point on {topic}", f"{middle}, by the camera_info of {topic}"))
-            outside = _outside(info)
-            if outside:
-                found.append(Doubt(f"region on {topic}", f"{outside}, by the camera_info of {topic}"))
-            fisheye = "" if self._rectified else _fisheye(info)
-            if fisheye:
-                found.append(Doubt(f"lens on {topic}", f"{fisheye}, by the camera_info of {topic}"))
+            principal_point = _principal_point_fault(info, self._rectified)
+            if principal_point:
+                found.append(Doubt(f"principal point on {topic}", f"{principal_point} (camera_info of {topic})"))
+            region = _region_fault(info)
+            if region:
+                found.append(Doubt(f"region on {topic}", f"{region} (camera_info of {topic})"))
+            lens = "" if self._rectified else _lens_fault(info)
+            if lens:
+                found.append(Doubt(f"lens on {topic}", f"{lens} (camera_info of {topic})"))
         return found
 
 
@@ -241,7 +245,7 @@ def _time_of(infos: dict[int, Any], stamp: int) -> int:
     return next((time for time in reversed(infos) if time <= stamp), next(reversed(infos), 0))
 
 
-def _middle(info: Any, rectified: bool) -> str:
+def _principal_point_fault(info: Any, rectified: bool) -> str:
     """What is odd about the principal point of the full image, in words; empty if it is near the centre."""
     if not (info.width and info.height):  # the full size is not known: only the region of interest gives a size
         return ""
@@ -252,18 +256,18 @@ def _middle(info: Any, rectified: bool) -> str:
     if min(abs(across - 1), abs(down - 1)) > _OFF_CENTRE and abs(across - down) < _ALIKE * abs(down):
         size = f"{across * info.width:.0f}x{down * info.height:.0f}"
         return (
-            f"{name} looks like that of images of some {size} pixels, its principal point ({x:g}, {y:g}) being in "
-            f"their middle, but the images are {info.width}x{info.height}: scale it with the images"
+            f"{name} seems to belong to images of about {size} pixels, because its principal point ({x:g}, {y:g}) is "
+            f"in their middle, but the images are {info.width}x{info.height}: scale {name} like the images"
         )
     if max(abs(across - 1), abs(down - 1)) > _FAR_OFF_CENTRE:
         return (
             f"the principal point ({x:g}, {y:g}) of {name} is far from the middle of {info.width}x{info.height} "
-            "pixels: poses are wrong unless the images are cropped like that"
+            "pixels: poses are wrong unless the images are cropped in this way"
         )
     return ""
 
 
-def _outside(info: Any) -> str:
+def _region_fault(info: Any) -> str:
     """What is odd about a region of interest, in words; empty if it is inside the full image."""
     roi = info.roi
     if not (info.width and info.height):
@@ -271,13 +275,13 @@ def _outside(info: Any) -> str:
     if roi.x_offset + roi.width <= info.width and roi.y_offset + roi.height <= info.height:
         return ""
     return (
-        f"the region of interest, {roi.width}x{roi.height} pixels from ({roi.x_offset}, {roi.y_offset}) on, reaches "
-        f"beyond the {info.width}x{info.height} pixels of width and height, which are the full image's, as K is: poses "
-        "are wrong unless K is the full image's all the same"
+        f"the region of interest, {roi.width}x{roi.height} pixels at ({roi.x_offset}, {roi.y_offset}), reaches beyond "
+        f"the {info.width}x{info.height} pixels of width and height. Width, height and K must be those of the full "
+        "image: poses are wrong unless K nevertheless belongs to the full image"
     )
 
 
-def _fisheye(info: Any) -> str:
+def _lens_fault(info: Any) -> str:
     """What is odd about the coefficients of a polynomial lens model, in words; empty if they are plausible."""
     numbers = [float(number) for number in camera_info_field(info, "D")]
     if len(numbers) < 4 or any(numbers[4:]) or max(map(abs, numbers[2:4])) <= _LARGEST_TANGENTIAL:
@@ -285,8 +289,9 @@ def _fisheye(info: Any) -> str:
     if Camera.from_camera_info(info, rectified=False).distortion_model == "equidistant":
         return ""
     return (
-        f"D is {numbers} with {info.distortion_model}, whose third and fourth number are tangential distortion, some "
-        "thousandths in most lenses: if these are the coefficients of a fisheye lens, distortion_model is equidistant"
+        f"D is {numbers} with {info.distortion_model}, whose third and fourth coefficients are tangential distortion, "
+        "a few thousandths in most lenses: if these are the coefficients of a fisheye lens, set distortion_model to "
+        "equidistant"
     )
 
 
