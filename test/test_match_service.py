@@ -16,7 +16,7 @@ from rclpy.serialization import deserialize_message, serialize_message
 from test_node import FAST, HEIGHT, WIDTH, calibration, change_state, image, textured
 
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
-from kpmatch_ros.ros.inbox import Inbox
+from kpmatch_ros.ros.inbox import Inbox, Remaining
 from kpmatch_ros.srv import MatchFeatures
 from node_harness import NodeUnderTest, running_node
 
@@ -50,7 +50,7 @@ def test_requests_alone_are_answered_in_order_and_so_many_wait() -> None:
     accepted = [inbox.ask(number) for number in range(20)]
     assert accepted == [True] * 16 + [False] * 4
     assert taken(inbox, 3) == [0, 1, 2]
-    assert inbox.close() == (0, list(range(3, 16))) and not inbox.ask(20) and inbox.take() is None
+    assert inbox.close() == Remaining(0, list(range(3, 16))) and not inbox.ask(20) and inbox.take() is None
 
 
 def test_where_all_frames_are_wanted_the_oldest_are_dropped_beyond_so_many_bytes() -> None:
@@ -58,7 +58,7 @@ def test_where_all_frames_are_wanted_the_oldest_are_dropped_beyond_so_many_bytes
     sizes = (40, 60, 1, 50, 500, 100)
     assert [inbox.put(f"frame {number}", size) for number, size in enumerate(sizes)] == [0, 0, 1, 1, 2, 1]
     assert taken(inbox, 1) == ["frame 5"] and inbox.put("frame 6", 100) == 0
-    assert taken(inbox, 1) == ["frame 6"] and inbox.close() == (0, [])
+    assert taken(inbox, 1) == ["frame 6"] and inbox.close() == Remaining(0, [])
     assert inbox.put("too late", 1) == 1
 
 
@@ -93,7 +93,7 @@ def test_what_is_to_be_last_is_gone_where_a_frame_comes_before_it_is_taken_or_th
     assert inbox.ask(1) and inbox.ask(2)
     assert taken(inbox, 2) == [1, 2], "nothing comes between two requests"
     inbox.put_last("silent again")
-    assert inbox.close() == (0, []), "no frame is lost with it"
+    assert inbox.close() == Remaining(0, []), "no frame is lost with it"
     inbox.put_last("too late")
     assert inbox.take() is None
 

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Inbox", "Left"]
+__all__ = ["Inbox", "Remaining"]
 
 Item = TypeVar("Item")
 Request = TypeVar("Request")
@@ -16,7 +16,7 @@ _MOST_REQUESTS = 16  # waiting requests
 
 
 @dataclass(frozen=True)  # a NamedTuple cannot be generic in Python 3.10
-class Left(Generic[Request]):
+class Remaining(Generic[Request]):
     """The items and requests that were waiting when an inbox was closed. Items are only counted."""
 
     items: int
@@ -107,13 +107,13 @@ class Inbox(Generic[Item, Request]):
     def _has_item(self) -> bool:
         return bool(self._items) or self._last is not None
 
-    def close(self) -> Left[Request]:
+    def close(self) -> Remaining[Request]:
         """Close the inbox: wake the waiting thread, refuse new items and requests, and return what was waiting."""
         with self._changed:
             self._closed = True
-            left = Left(len(self._items), list(self._requests))
+            remaining = Remaining(len(self._items), list(self._requests))
             self._items.clear()
             self._last = None
             self._requests.clear()
             self._changed.notify_all()
-            return left
+            return remaining
