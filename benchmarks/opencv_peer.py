@@ -134,7 +134,7 @@ class _WholeExtractor(nn.Module):
     """An extractor with the selection of keypoints; padding has score 0.
 
     The graph has a fixed number of keypoints. With a dynamic number, OpenCV 5.0.0 returned zeros instead of the last
-    keypoints if an image had more of them than the one before.
+    keypoint if an image had more of them than the one before.
     """
 
     def __init__(self, network: SuperPoint | ALIKED) -> None:

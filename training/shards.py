@@ -39,7 +39,7 @@ class Rooms:
             sRGB-coded (:func:`linear` decodes it). In the evaluation set: lit pictures like a camera's.
         light: N images (H, W) uint8, sRGB-coded, of the light that falls onto what an image shows, including cast
             shadows, in a unit that is the same for all views of a cluster. ``linear(image) * linear(light)`` is a
-            picture under the room's lamps, without part of the ambient light. All 255 if it is unknown.
+            picture under the room's lamps, without ambient light. All 255 if it is unknown.
         normals: (N, h, w, 3) uint8, unit vectors in the world frame towards the camera's side, encoded for
             :func:`decode_normals`. They are undefined where the depth is 0.
         depth: (N, h, w) float32, metres along the optical axis; 0 where there is nothing.

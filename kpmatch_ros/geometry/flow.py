@@ -28,7 +28,7 @@ _SURROUNDING = 16  # neighbours for a deformation: fewer are less precise, more 
 _ROUNDS = 5  # of reweighting, which removes neighbours on other surfaces and wrong matches
 _OUTLIER = 3.0  # times the median residual
 _RIDGE = 10.0  # square pixels: neighbours have an error of one pixel, and a deformation is about a third
-_LARGEST_DEFORMATION = 3.0  # relative change of length
+_LARGEST_DEFORMATION = 3.0  # largest factor on a length; areas shrink by its square at most
 
 
 def pyramid(image: np.ndarray) -> list[np.ndarray]:

@@ -96,7 +96,7 @@ class StereoPoints:
         return np.asarray(_quadratic(self.information, shift) < inlier_threshold**2)
 
     def inverse_depth_sigmas(self) -> np.ndarray:
-        """Standard deviations (n,) of the inverse depth, for an error of the right pixel of one, given the left one."""
+        """Standard deviations (n,) of the inverse depth, for an error of one pixel of the right point only."""
         return np.asarray(1 / np.sqrt(np.maximum(_quadratic(self.information, self.jacobian[2]), TINY)))
 
     @classmethod
@@ -185,7 +185,7 @@ class StereoResiduals(NamedTuple):
         """Whether the points determine the motion: in its weakest direction to a radian, or to the points' distance.
 
         Points that coincide or lie on one line leave a rotation undetermined. If the translation is much longer than
-        the points are far, all points look like one.
+        the distances of the points, all points look like one.
 
         Args:
             used: (n,) bool, the points that the motion is estimated from.

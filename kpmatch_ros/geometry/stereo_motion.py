@@ -326,7 +326,8 @@ def _covariance(pair: FramePair, fit: Fit, resolution: float) -> tuple[np.ndarra
     whitened = np.einsum("ij,ikn->jkn", axes, jacobian)
     gradients = leave_one_out(axes.T @ gradients, whitened, weights, weight_slopes)
     scatter = max(rounding / variance, 1.0) * student_factor(gradients) * gradients @ gradients.T
-    # Few matches count as if all errors were equal, because vanishing or few gradients do not determine all directions.
+    # Equal errors count with the weight of a few matches, because vanishing or few gradients do not determine all
+    # directions.
     equal_variance, count = max(observed / curvature, curvature * rounding, TINY), len(share)
     scatter = (count * scatter + _EQUAL_ERRORS_WEIGHT * equal_variance * np.eye(6)) / (count + _EQUAL_ERRORS_WEIGHT)
     covariance = axes @ scatter @ axes.T

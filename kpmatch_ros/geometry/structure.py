@@ -40,7 +40,7 @@ _LATEST = FRAMES // 2  # latest cameras, which are kept even if the camera stood
 
 
 class Window(NamedTuple):
-    """Positions of F cameras: x_frame = rotation x_reference + translation. The last camera is the reference.
+    """Poses of F cameras: x_frame = rotation x_reference + translation. The last camera is the reference.
 
     Without metres, lengths are in units of the first translation.
     """

@@ -87,7 +87,7 @@ class Matches:
         rays0, rays1: (3, n) directions in the optical frame, z = 1.
         noise0, noise1: (3, n) variance of x, covariance of x and y, and variance of y, for keypoint noise of one pixel
             per coordinate. They include the focal length, the lens's local magnification and the scales.
-        scales: (n,) keypoint noise of each match, relative to the noise of a typical match; None if it is equal.
+        scales: (n,) keypoint noise of each match, relative to the noise of the median match; None if all are equal.
     """
 
     columns: np.ndarray

@@ -21,7 +21,8 @@ LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers need 6 GB of me
 
 Self = TypeVar("Self", bound="PretrainedNetwork")
 
-# Allowed ranges of configuration values. A wider window needs unlimited memory, more iterations unlimited time.
+# Allowed ranges of configuration values. Without limits, a window could need any amount of memory, and the iterations
+# any amount of time.
 _RANGES = {
     "nms_radius": (0, 64),
     "refinement_radius": (0, 16),

@@ -46,6 +46,7 @@ def trace(network: nn.Module) -> Iterator[Trace]:
     LightGlue stops early or prunes points, it matches a batch pair by pair, and the records are also pair by pair.
     Pruned points are missing from later records. On a GPU the network runs without CUDA graphs during the recording,
     and so may prune points.
+
     Example::
 
         with trace(matcher.matcher) as recorded:

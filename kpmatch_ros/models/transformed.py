@@ -2,7 +2,7 @@
 
 A 3 x 3 convolution in tiles of 6 x 6 needs 1.8 multiplications per pixel instead of 9 (Lavin, Gray: Fast Algorithms for
 Convolutional Neural Networks, CVPR 2016). NNPACK, which comes with PyTorch, implements it. PyTorch itself uses NNPACK
-only if oneDNN is missing and the batch has 16 images. There is no implementation for bfloat16.
+only if oneDNN is missing, and for batches of 16 images or more. There is no implementation for bfloat16.
 """
 
 from __future__ import annotations
