@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
-_VERSION = 5  # of the functions' arguments and meaning, as in src/geometry.c
+_VERSION = 6  # of the functions' arguments and meaning, as in src/geometry.c
 _MOST_LEVELS = 16  # of a pyramid
 _USED = 85  # pixels of a patch that are compared
 _PATCH = 5 * _USED + 63 + 9  # numbers in a patch
