@@ -34,7 +34,7 @@ class Events(Protocol):
         """The stamp of an image is not its time. The fault is "zero stamps" or "repeated stamps"."""
 
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image was processed without a mask, its mask is useless, or a mask has no image."""
+        """An image was processed without its mask, its mask hides everything, or too many masks wait for an image."""
 
     def pose(self, status: PoseStatus) -> None:
         """A pose was published."""

@@ -425,7 +425,7 @@ class FeatureMatcher:
 
 
 def _transform_pays() -> bool:
-    """Whether NNPACK's convolutions are the fastest. Compiled ones are faster, and so are oneDNN's with AMX.
+    """Whether NNPACK's convolutions are the fastest ones here. Compiled ones are faster, as are oneDNN's with AMX.
 
     docs/performance.md has the measurements.
     """

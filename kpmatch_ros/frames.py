@@ -297,7 +297,10 @@ def two_of_each(cameras: Any, stamps: Any, frame_ids: Any) -> tuple[list[Camera 
 
 
 def _one_each(name: str, given: Any, least: int, check: Callable[[Any], Any], most: int = 2) -> list[Any]:
-    """Check the items given per image, and return them as a list. Items beyond the number of images are allowed."""
+    """Check the items given per image, and return them as a list of ``least`` to ``most`` items.
+
+    More items than images are allowed where the items may be those of two cameras, one of which has no image.
+    """
     try:
         found = None if isinstance(given, str) else list(given)
     except TypeError:

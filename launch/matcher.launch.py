@@ -270,8 +270,8 @@ def value_of(name: str, kind: type, text: str) -> Any:
 def effective_parameters(around: Mapping[str, Any], params_file: Path, in_file: Mapping[str, Any]) -> dict[str, Any]:
     """Return those parameters from :func:`parameters_around` that apply, by name.
 
-    If the user gave no params_file, all of them apply: they override the packaged defaults. Otherwise the file silently
-    overrides them, as in launch_ros, and this warns about each difference.
+    If the user gave no params_file, all of them apply: they override the packaged defaults. Otherwise the file
+    overrides them, as in launch_ros. launch_ros does so silently; this function warns about each difference.
     """
     if params_file == DEFAULTS:
         return dict(around)

@@ -71,7 +71,7 @@ def test_a_match_is_judged_by_the_depth_of_its_surface() -> None:
     points1 = project(homography, points0)
     np.testing.assert_allclose(truth.errors(points0, points1), 0, atol=1e-3)
     np.testing.assert_allclose(truth.errors(points0, points1 + (3, 4)), 5, atol=1e-3)
-    # In image 1 a nearer surface hides the plane. Where the depth in image 0 is unknown, there is no error.
+    # In image 1 a nearer surface hides the plane. Where the depth in image 0 is unknown, the errors are NaN.
     hidden = ByDepth((plane(normal, distance), np.full_like(depth1, 1.0)), (MATRIX, MATRIX), motion)
     assert np.isinf(hidden.errors(points0, points1)).all()
     unknown = ByDepth((np.zeros_like(depth1), depth1), (MATRIX, MATRIX), motion)

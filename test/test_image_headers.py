@@ -48,7 +48,7 @@ WRITTEN = [".png", ".jpg", ".webp", ".tiff", ".bmp", ".pgm", ".jp2"]
 def test_the_size_is_that_which_the_decoder_finds(extension: str, size: tuple[int, int]) -> None:
     if not cv2.haveImageWriter("x" + extension):
         pytest.skip(f"this OpenCV writes no {extension}")
-    # OpenCV's JPEG 2000 needs whole tiles.
+    # OpenCV's JPEG 2000 needs whole tiles, and a .pgm is grey.
     width, height = (size[0] + 64, size[1] + 64) if extension == ".jp2" else size
     pixels = np.zeros((height, width), np.uint8)
     assert image_size(bytes(cv2.imencode(extension, pixels)[1])) == (width, height)
@@ -194,7 +194,7 @@ def test_a_png_whose_animation_is_damaged_does_not_end_the_process() -> None:
         "import sys\nfrom types import SimpleNamespace\nfrom kpmatch_ros.imaging.images import to_array\n"
         "print(to_array(SimpleNamespace(format='png', data=sys.stdin.buffer.read())).min())"
     )
-    damaged = animated(8 * (b"\x63" + bytes(32)))  # without a filter 0x63: OpenCV 5.0 crashes (SIGSEGV)
+    damaged = animated(8 * (b"\x63" + bytes(32)))  # PNG has no filter 0x63: OpenCV 5.0 crashes (SIGSEGV)
     done = subprocess.run([sys.executable, "-c", code], input=damaged, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"255\n")
 

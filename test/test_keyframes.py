@@ -154,7 +154,7 @@ def test_the_motion_before_is_known_past_a_frame_that_is_passed_over_but_not_bes
 def test_dark_frames_take_the_keyframes_place_once_nothing_was_seen_for_a_gap() -> None:
     front_end = keyframes(3 * [PIXELS] + 4 * [PIXELS[:0]], max_gap=5.0)
     stays = []
-    for second in (0, 3, 6, 6.5, 9, 10.9, 11.1):  # dark from 6.5 s on, until the keyframe is older than max_gap
+    for second in (0, 3, 6, 6.5, 9, 10.9, 11.1):  # dark from 6.5 s on, when the keyframe is older than max_gap
         front_end.register_frame(NOTHING, round(second * 1e9), CAMERA)
         assert front_end.reference is not None
         stays.append(front_end.reference.stamp == 0)

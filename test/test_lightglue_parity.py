@@ -200,7 +200,7 @@ def test_stops_without_pruning_as_transformers_does(
     pair: Pair, texture: Any, record_difference: RecordDifference, seed: int
 ) -> None:
     theirs, detector, matcher = pair(seed, {"depth_confidence": 0.5, "width_confidence": 1.0})
-    matcher.width_confidence = -1.0  # -1 fails in transformers; 1 prunes only what is unmatchable
+    matcher.width_confidence = -1.0  # -1 fails in transformers; 1 prunes only what is surely unmatchable
     images = two_views(texture, 96, 128, seed)
     points, assignment = run_ours(detector, matcher, images)
     assert 1 < assignment.layers < 5

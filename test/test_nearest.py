@@ -28,7 +28,7 @@ def descriptors(count0: int, count1: int, seed: int = 0) -> tuple[Tensor, Tensor
 def match(
     model: NearestNeighbour, first: Tensor, second: Tensor, mask0: Tensor | None = None, mask1: Tensor | None = None
 ) -> Assignment:
-    """Return descriptors (N0, D) and (N1, D), or batches of them."""
+    """Match descriptors (N0, D) and (N1, D), or batches of them."""
     if first.ndim == 2:
         first, second = first[None], second[None]
     size = torch.tensor([[640, 480]]).expand(len(first), 2)

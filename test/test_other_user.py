@@ -1,4 +1,4 @@
-"""Tests with another user's camera process, as in a container, which Fast DDS's shared memory does not transport."""
+"""Tests with another user's camera process, as in a container, which Fast DDS's shared memory does not reach."""
 
 from __future__ import annotations
 

@@ -421,7 +421,10 @@ def test_few_matches_are_not_sure_where_all_of_them_tell_of_another_motion_if_no
 
 @pytest.mark.parametrize("seed", [5, 46])
 def test_two_motions_that_are_certain_each_by_its_own_noise_are_ambiguous(seed: int) -> None:
-    """Few matches agree closely with the one, more match the other less closely. Both would be OK, 8 and 19° off."""
+    """Few matches agree closely with one motion, and more, less closely, with the other.
+
+    Without this status, the poses would be OK and 8 and 19 degrees off.
+    """
     problem = weak("coarse keypoints", seed)
     pose = problem.estimate()
     assert pose.status is PoseStatus.AMBIGUOUS

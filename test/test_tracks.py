@@ -204,7 +204,7 @@ def test_what_tracks_looked_like_is_forgotten_with_them(picture: NDArray[np.uint
         if number % 40 == 39:
             taken.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert taken[1] - taken[0] < 500_000  # bytes; forty times 25 new tracks of 1.2 kB each would be twice as much
+    assert taken[1] - taken[0] < 500_000  # bytes; forty times 25 new tracks of 1.2 kB each would be over twice as much
 
 
 @pytest.mark.parametrize("alike", [0.9, 0.2])

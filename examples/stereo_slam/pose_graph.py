@@ -19,7 +19,7 @@ _KEYPOINT_SIGMA = 0.7  # pixels: error of keypoints as detected, without refinem
 _LEAST_INLIERS = 30
 _LEAST_DISPARITY = 2.0  # pixels
 _INLIER_DISTANCE = 2.0  # pixels
-_LEAST_SHARE = 0.75  # fraction of inliers among the matches: of a distant wall, two motions may each explain fewer
+_LEAST_SHARE = 0.75  # least fraction of inliers: on a distant wall, two motions may each explain a smaller fraction
 _INDEPENDENT = 100  # largest number of points with independent errors: neighbouring points have similar errors
 _ROBUST = 1.345  # standard deviations, Huber cost
 

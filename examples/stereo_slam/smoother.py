@@ -14,7 +14,7 @@ __all__ = ["Calibration", "FixedLagSmoother", "Observations", "stereo_noise"]
 
 _LEAST_SIGMA = 0.1  # pixels: no calibration is more accurate
 _LEAST_DISPARITY = 1.5  # pixels: with less disparity, the initial position of a point is too inaccurate
-_FAR = 20.0  # metres: sigma of the prior on a new point
+_FAR = 20.0  # metres: sigma of the prior on a new point, which is not known better before it is seen
 _ROBUST = 1.0  # standard deviations, Cauchy cost: a track that slipped loses its influence
 _LEAST_KNOWN = 12  # smallest number of known points from which a camera is located
 _GATE = 8.0  # largest distance of an observation from the expected position of its point, pixels

@@ -274,9 +274,10 @@ def claimed(out: Path, settings: Settings) -> Iterator[Path]:
 
 
 def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> None:
-    """Refuse other settings than the archive was begun with, and write them to `file` until a first bag is finished.
+    """Refuse other settings than the archive was begun with.
 
-    The figures of bags that were replayed with different settings cannot be compared.
+    The figures of bags that were replayed with different settings cannot be compared. Until a first bag is finished,
+    other settings are accepted, and replace those in `file`.
     """
     begun = next(file.parent.rglob(_ROW), None) is not None
     before = _settings_in(file) if os.path.lexists(file) else None

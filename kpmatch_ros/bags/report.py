@@ -124,7 +124,7 @@ class Report:
         self._fault(self.stamp_faults, f"{fault} on {topic}", explanation)
 
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """Count an image processed without its mask, an image with an odd mask, or masks without an image."""
+        """Count an image without its mask or with a mask that hides everything, or a mask that was dropped."""
         self._fault(self.mask_faults, f"{fault} on {topic}", explanation)
 
     def matched(self, fault: str) -> None:

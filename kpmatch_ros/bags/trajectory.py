@@ -42,7 +42,7 @@ class Trajectory:
 
     @property
     def position(self) -> np.ndarray:
-        """Position (3,) in the world of the camera at the last frame with a line in the file."""
+        """Position (3,) in the world of the camera at the last frame whose pose is certain."""
         return self._last.pose.position
 
     @property

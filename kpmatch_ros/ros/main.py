@@ -70,7 +70,7 @@ def main(args: list[str] | None = None) -> int:
     except Exception:
         if not told_to_end():
             raise
-        # The process was asked to end while the executor was working on objects that no longer exist.
+        # The process was asked to end while the executor was working, which then met objects that no longer exist.
     finally:
         ignore_signals()
         if node is not None:

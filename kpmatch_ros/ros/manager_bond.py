@@ -54,7 +54,7 @@ class ManagerBond:
         if bond is not None:
             try:
                 bond.shutdown()
-                bond.pub.wait_for_all_acked(_LAST_MESSAGE_WAIT)  # destroying the publisher discards undelivered ones
+                bond.pub.wait_for_all_acked(_LAST_MESSAGE_WAIT)  # the publisher's end discards what has not arrived
             except (InvalidHandle, RuntimeError):
                 if self._node.context.ok():
                     raise  # otherwise the context is shut down: nothing can be sent, and the manager's timeout applies

@@ -130,7 +130,7 @@ class Monitor:
             self._fail(kind, explanation)
 
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """Count an image without a mask or with a useless mask, or a mask without an image."""
+        """Count an image without its mask or with a mask that hides everything, or a mask that was dropped."""
         with self._lock:
             self._count(f"{fault}: {topic}", explanation)
 
