@@ -211,7 +211,7 @@ def test_kpmatch_match_scales_a_too_large_image_down_and_says_so(
     cv2.imwrite(str(tmp_path / "small.png"), cv2.resize(small, (300, 200)))
     words = ("match", tmp_path / "large.jpg", tmp_path / "small.png", *QUICK)
     status, out, err = kpmatch(*words, "--json")
-    assert status == 0 and "large.jpg is 600 x 400 pixels" in err and "--resize 387" in err
+    assert status == 0 and "large.jpg has 600 x 400 pixels" in err and "--resize 387" in err
     assert err.count("\n") == 1
     found = json.loads(out)
     assert found["num_keypoints"][0] > 0
@@ -223,9 +223,9 @@ def test_kpmatch_match_scales_a_too_large_image_down_and_says_so(
 @pytest.mark.parametrize(
     ("sizes", "more", "said"),
     [
-        ([(8900, 12), (8900, 12)], [], ["a.png is 8900 x 12 pixels, more", "--resize 8192\n", "b.png"]),
-        ([(1000, 110), (400, 200)], [], ["a.png is 1000 x 110 pixels, more", "--resize 446\n"]),
-        ([(100, 100), (100, 80)], ["--resize", 8192], ["a.png is 100 x 100 pixels, 8192 x 8192 with --resize 8192, m"]),
+        ([(8900, 12), (8900, 12)], [], ["a.png has 8900 x 12 pixels, more", "--resize 8192\n", "b.png"]),
+        ([(1000, 110), (400, 200)], [], ["a.png has 1000 x 110 pixels, more", "--resize 446\n"]),
+        ([(100, 100), (100, 80)], ["--resize", 8192], ["a.png has 100 x 100 pixels, 8192 x 8192 with --resize 8192, m"]),
     ],
     ids=["within the range of resize", "the other image is enlarged too", "enlarged by the user"],
 )

@@ -137,7 +137,7 @@ class SlamNode(Node):
         frames = self._slam.add(topic, message)
         if self._slam.breaks > breaks:
             self.get_logger().warning(
-                "all tracks were lost: the motion between the frames before and after is only a guess"
+                "all tracks began again: the motion between the frames before and after is only a guess"
             )
         requests, self._slam.requests = self._slam.requests, []
         for request in requests:
