@@ -225,7 +225,11 @@ def test_kpmatch_match_scales_a_too_large_image_down_and_says_so(
     [
         ([(8900, 12), (8900, 12)], [], ["a.png has 8900 x 12 pixels, more", "--resize 8192\n", "b.png"]),
         ([(1000, 110), (400, 200)], [], ["a.png has 1000 x 110 pixels, more", "--resize 446\n"]),
-        ([(100, 100), (100, 80)], ["--resize", 8192], ["a.png has 100 x 100 pixels, 8192 x 8192 with --resize 8192, m"]),
+        (
+            [(100, 100), (100, 80)],
+            ["--resize", 8192],
+            ["a.png has 100 x 100 pixels, 8192 x 8192 with --resize 8192, m"],
+        ),
     ],
     ids=["within the range of resize", "the other image is enlarged too", "enlarged by the user"],
 )
