@@ -278,7 +278,7 @@ def effective_parameters(around: Mapping[str, Any], params_file: Path, in_file: 
     if overridden := [name for name, value in around.items() if in_file.get(name, value) != value]:
         get_logger(FILE).warning(
             f"params_file: {params_file} sets {', '.join(overridden)}, and so does SetParameter in an including launch "
-            "file: the file takes precedence. Remove it from the file, or pass it as a launch argument"
+            "file: the file takes precedence. Remove them from the file, or pass them as launch arguments"
         )
     return {name: value for name, value in around.items() if name not in in_file}
 
