@@ -199,7 +199,7 @@ def test_the_bag_command_takes_the_camera_transform_from_the_bag(kpmatch: Any, r
         return [record.message for record in found["/odometry"]], found.get("/tf", [])
 
     (camera, *_), transforms = odometry("camera")
-    assert camera.child_frame_id == "left_optical_frame" and not transforms, "it has a parent by the bag"
+    assert camera.child_frame_id == "left_optical_frame" and not transforms, "the bag already gives it a parent"
     (base, *_), (first, *_) = odometry("base", "--base-frame", "base_link", "--odom-frame", "map")
     assert (base.header.frame_id, base.child_frame_id) == ("map", "base_link")
     assert first.message.transforms[0].child_frame_id == "base_link"

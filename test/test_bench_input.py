@@ -94,12 +94,12 @@ def test_images_are_resized_to_the_requested_size_or_to_that_of_the_first_image(
         "--json",
         tmp_path / "speed.json",
     ]
-    for sizes, told in (
+    for sizes, expected_err in (
         ([], "kpmatch bench: 2 of 3 images were resized to 96x80 pixels\n"),
         (["--sizes", "96x80"], ""),
     ):
         status, _, err = run(*words, *sizes)
-        assert (status, err) == (0, told)
+        assert (status, err) == (0, expected_err)
         (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
         assert (row["width"], row["height"]) == (96, 80)
     images = [texture(80, 96, 5), texture(96, 80, 5), texture(40, 48, 5)]

@@ -167,7 +167,7 @@ def test_a_calibration_with_another_frame_id_than_the_images_is_reported(frame_i
     assert len(named) == doubted
     assert not doubted or all(word in named[0] for word in ("/front/image", "'lidar'", "'camera'"))
     calibration.camera_for([SIZE] * images, [0] * images, ["camera"] * images)
-    assert calibration.doubts == [], "it goes with the frame that it was about"
+    assert calibration.doubts == [], "the doubt ends with the frame_id that caused it"
 
 
 def test_the_same_doubt_about_both_cameras_of_a_pair_is_reported_for_each() -> None:
@@ -233,13 +233,13 @@ def test_an_image_gets_the_calibration_of_its_stamp_or_the_latest_earlier_one() 
     for stamp, value in ((10, 500.0), (20, 600.0), (30, 700.0)):
         calibration.update(0, stamp, info_with_focal_length(value))
     assert focal_lengths(calibration, 10, 20, 30) == [500, 600, 700]
-    assert focal_lengths(calibration, 25, 40) == [600, 700], "what came while the image waited is of later ones"
-    assert focal_lengths(calibration, 0) == [700], "none is before it: its stamp says nothing"
+    assert focal_lengths(calibration, 25, 40) == [600, 700], "later calibrations are not used"
+    assert focal_lengths(calibration, 0) == [700], "without an earlier calibration the latest is used"
     calibration.update(0, 10, info_with_focal_length(550.0))  # a bag starts again
     assert focal_lengths(calibration, 10, 20, 15) == [550, 600, 550]
     for stamp in range(100, 300):
         calibration.update(0, stamp, info_with_focal_length(800.0))
-    assert focal_lengths(calibration, 10) == [550], "images that wait may still need it"
+    assert focal_lengths(calibration, 10) == [550], "waiting images may still need it"
     assert focal_lengths(calibration, 299, 10) == [800, 800], "old ones are not kept for ever"
 
 
@@ -264,16 +264,14 @@ def test_calibrations_of_processed_images_are_dropped_even_after_time_went_back(
     for stamp in [*range(1000, 1400), *range(400)]:
         calibration.update(0, stamp, info_with_focal_length(500.0 + stamp))
         assert focal_lengths(calibration, stamp) == [500.0 + stamp]
-    assert focal_lengths(calibration, 1399) == [899], (
-        "its own was let go, as were those of the time before it went back"
-    )
+    assert focal_lengths(calibration, 1399) == [899], "the calibrations from before the time jump were dropped"
 
 
 def test_calibrations_of_a_camera_without_images_are_limited_in_memory() -> None:
     calibration = Calibration(["image"], False, 10**6)
     for stamp in range(1000):
         calibration.update(0, stamp, info_with_focal_length(500.0 + stamp))
-    assert focal_lengths(calibration, 100) == [1499], "it was let go: 1,000 have 2 MB"
+    assert focal_lengths(calibration, 100) == [1499], "it was dropped: 1,000 calibrations take 2 MB"
 
 
 def test_the_memory_for_calibrations_is_limited() -> None:
@@ -322,14 +320,14 @@ def test_an_image_waits_only_for_a_calibration_that_comes_with_each_image() -> N
     sender.join()
     calibration.wait([30], 0.05)  # the message was lost
     calibration.camera_for([SIZE], [30], [])
-    assert calibration.complete([40]), "that of the image before has not come either"
+    assert calibration.complete([40]), "the calibration of the previous image is missing too"
     calibration.update(0, 50, info_with_focal_length(700.0))
     calibration.camera_for([SIZE], [20], [])
-    assert calibration.complete([45]), "they come in order, and a later one is there"
+    assert calibration.complete([45]), "calibrations arrive in order, and a later one has arrived"
     calibration.camera_for([SIZE], [50], [])
-    assert not calibration.complete([5]), "time went back: what is there is of before"
+    assert not calibration.complete([5]), "time went back: the stored calibrations are from before"
     calibration.update(0, 7, info_with_focal_length(800.0))
-    assert calibration.complete([5]), "its own was lost"
+    assert calibration.complete([5]), "its own calibration was lost"
 
 
 @pytest.fixture(scope="module")

@@ -106,13 +106,13 @@ def test_frames_without_matches_for_a_second_are_reported_with_their_appearance(
     monitor = MonitorWithClock()
     front_end = FrontEnd(parameters)
     pipeline = Pipeline(front_end, ["/image"], lambda *_: None, lambda _: False, monitor, lambda *_, **__: _message())
-    told = []
+    reported = []
     for number, pixels in enumerate([views[0], *[np.zeros_like(views[0])] * 4, views[1], views[2]]):
         monitor.now = 0.5 * number
         pipeline.process([image_message(pixels, (number + 1) * 500_000_000, "", "mono8")])
-        told.append([problem.explanation for problem in monitor.problems()])
-    assert told[:3] == [[]] * 3 and not told[-1]
-    (text,) = told[4]
+        reported.append([problem.explanation for problem in monitor.problems()])
+    assert reported[:3] == [[]] * 3 and not reported[-1]
+    (text,) = reported[4]
     assert "nothing has matched for 2 s" in text and "0 keypoints" in text and "all dark" in text
 
 

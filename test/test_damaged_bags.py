@@ -288,7 +288,7 @@ def test_a_database_that_cannot_be_opened_is_refused_with_the_sqlite_remedy(data
 
 
 @pytest.fixture
-def database_of_strings(tmp_path: Path) -> Path:
+def text_database(tmp_path: Path) -> Path:
     """A message on a topic of its own, then 2,000 small messages on /a, in a database without overflow pages."""
     store = typestore()
     with Writer(tmp_path / "small", version=8, storage_plugin=StoragePlugin.SQLITE3) as writer:
@@ -314,24 +314,22 @@ def numbers(path: Path, topic: str, remarks: list[str]) -> list[int]:
     return [int(found.message.data.split()[1]) for found in read_messages(path, [topic], remarks)]
 
 
-def test_a_lost_page_of_a_table_loses_only_its_own_messages(database_of_strings: Path) -> None:
-    lost = lose_a_leaf(database_of_strings)
+def test_a_lost_page_of_a_table_loses_only_its_own_messages(text_database: Path) -> None:
+    lost = lose_a_leaf(text_database)
     remarks: list[str] = []
-    kept = numbers(database_of_strings, "/tf_static_like", remarks) + numbers(database_of_strings, "/a", remarks)
+    kept = numbers(text_database, "/tf_static_like", remarks) + numbers(text_database, "/a", remarks)
     assert lost and kept == [number for number in range(2001) if number not in lost]
     said = "\n".join(remarks)
     assert f"is damaged: database disk image is malformed; {len(lost)} messages in it cannot be read\n" in said
     assert f"messages were left out; the first one, in row {min(lost) + 1}, is damaged: " in said
-    assert [topic.num_messages for topic in bag_topics(database_of_strings)] == [2000 - len(lost), 1]
+    assert [topic.num_messages for topic in bag_topics(text_database)] == [2000 - len(lost), 1]
 
 
-def test_without_an_index_all_messages_before_the_lost_page_are_read(database_of_strings: Path) -> None:
-    with closing(sqlite3.connect(database_of_strings)) as database:
+def test_without_an_index_all_messages_before_the_lost_page_are_read(text_database: Path) -> None:
+    with closing(sqlite3.connect(text_database)) as database:
         database.execute("DROP INDEX timestamp_idx")
-    lost = lose_a_leaf(database_of_strings)
-    assert numbers(database_of_strings, "/tf_static_like", []) + numbers(database_of_strings, "/a", []) == list(
-        range(min(lost))
-    )
+    lost = lose_a_leaf(text_database)
+    assert numbers(text_database, "/tf_static_like", []) + numbers(text_database, "/a", []) == list(range(min(lost)))
 
 
 def failing_at(function: Callable[..., Any], fault: Exception, place: int) -> Callable[..., Any]:
@@ -347,9 +345,7 @@ def failing_at(function: Callable[..., Any], fault: Exception, place: int) -> Ca
 
 
 @pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), MemoryError("no memory")])
-def test_an_io_or_memory_error_is_not_reported_as_damage_of_an_mcap(
-    tmp_path: Path, monkeypatch: Monkey, fault: Exception
-) -> None:
+def test_io_or_memory_errors_are_not_damage_of_an_mcap(tmp_path: Path, monkeypatch: Monkey, fault: Exception) -> None:
     read_bytes = mcap_file.McapFile._exactly  # noqa: SLF001
     for summary, place in [(True, place) for place in range(32)] + [(False, place) for place in range(27)]:
         path = write_mcap(tmp_path / "bag.mcap", chunks=4, summary=summary)
@@ -358,15 +354,15 @@ def test_an_io_or_memory_error_is_not_reported_as_damage_of_an_mcap(
             read(path)
 
 
-def test_a_disk_error_is_not_reported_as_damage_of_a_database(database_of_strings: Path, monkeypatch: Monkey) -> None:
-    lose_a_leaf(database_of_strings)
+def test_a_disk_error_is_not_reported_as_damage_of_a_database(text_database: Path, monkeypatch: Monkey) -> None:
+    lose_a_leaf(text_database)
     fault, connect = sqlite3.OperationalError("disk I/O error"), sqlite3.connect
     for place in (*range(12), 700, 900, 1700, 3000):
         execute = failing_at(sqlite3.Connection.execute, fault, place)
         kind = type("Failing", (sqlite3.Connection,), {"execute": lambda *args, execute=execute: execute(*args)})
         monkeypatch.setattr(sqlite3, "connect", functools.partial(connect, factory=kind))
         with pytest.raises(BagError, match="disk I/O error"):
-            numbers(database_of_strings, "/a", [])
+            numbers(text_database, "/a", [])
 
 
 # several files of one bag

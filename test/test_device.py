@@ -102,7 +102,7 @@ def test_threads_sets_the_number_of_threads_and_zero_restores_it() -> None:
         assert [used(threads) for threads in (0, 2, 3, 0)] == [before, 2, 3, before]
         assert used(2) == 2
         torch.set_num_threads(4)
-        assert used(0) == 4, "as the program chose itself in the meantime"
+        assert used(0) == 4, "the number that the program set in the meantime"
     finally:
         torch.set_num_threads(before)
 

@@ -52,31 +52,31 @@ class FakeNode:
 def test_a_new_problem_is_published_at_once_but_only_once_between_regular_messages() -> None:
     node, wrong = FakeNode(), []
     monitor = Monitor()
-    told = Diagnostics(node, monitor, lambda: Condition("active", "", "", list(wrong)))  # type: ignore[arg-type]
+    diagnostics = Diagnostics(node, monitor, lambda: Condition("active", "", "", list(wrong)))  # type: ignore[arg-type]
 
-    def heard() -> list[str]:
+    def published_texts() -> list[str]:
         messages = [array.status[0].message for array in node.said]
         node.said.clear()
         return messages
 
-    told.every_second()
+    diagnostics.every_second()
     monitor.received()
-    told.every_second()
-    told.watch()
-    assert heard() == ["waiting for images", "matching"], "nothing is new"
+    diagnostics.every_second()
+    diagnostics.watch()
+    assert published_texts() == ["waiting for images", "matching"], "nothing is new"
     wrong.append(Problem("one", "the first"))
-    told.watch()
-    told.watch()
-    assert heard() == ["the first"]
+    diagnostics.watch()
+    diagnostics.watch()
+    assert published_texts() == ["the first"]
     wrong.append(Problem("two", "the second"))
-    told.watch()
-    assert heard() == [], "one early message was sent already"
-    told.every_second()
-    told.watch()
-    assert heard() == ["the first; the second"]
+    diagnostics.watch()
+    assert published_texts() == [], "one early message was sent already"
+    diagnostics.every_second()
+    diagnostics.watch()
+    assert published_texts() == ["the first; the second"]
     wrong.append(Problem("three", "the third"))
-    told.watch()
-    assert heard() == ["the first; the second; the third"]
+    diagnostics.watch()
+    assert published_texts() == ["the first; the second; the third"]
 
 
 def test_a_problem_of_every_frame_does_not_accumulate_memory() -> None:
@@ -90,23 +90,23 @@ def test_a_problem_of_every_frame_does_not_accumulate_memory() -> None:
     finally:
         tracemalloc.stop()
     assert held < 5 * 10**6
-    told = [(problem.kind, problem.explanation.strip()) for problem in monitor.problems()]
-    assert told == [("rejected: size", "99"), ("frame", "99")]
+    reported = [(problem.kind, problem.explanation.strip()) for problem in monitor.problems()]
+    assert reported == [("rejected: size", "99"), ("frame", "99")]
 
 
 def test_a_message_contains_all_problems_before_its_stamp() -> None:
     node = FakeNode()
-    asked: list[int] = []
+    times_of_requests: list[int] = []
 
     def condition() -> Condition:
-        asked.append(node.get_clock().now().to_msg().sec)
-        return Condition("active", "", "", [Problem(str(len(asked)), "odd")])
+        times_of_requests.append(node.get_clock().now().to_msg().sec)
+        return Condition("active", "", "", [Problem(str(len(times_of_requests)), "odd")])
 
-    told = Diagnostics(node, Monitor(), condition)  # type: ignore[arg-type]
-    told.every_second()
-    told.watch()
+    diagnostics = Diagnostics(node, Monitor(), condition)  # type: ignore[arg-type]
+    diagnostics.every_second()
+    diagnostics.watch()
     assert len(node.said) == 2
-    assert all(array.header.stamp.sec < when for array, when in zip(node.said, asked))
+    assert all(array.header.stamp.sec < when for array, when in zip(node.said, times_of_requests))
 
 
 def test_a_publisher_of_a_node_of_unknown_name_is_not_a_second_sender() -> None:

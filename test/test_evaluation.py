@@ -369,10 +369,10 @@ class CountingMatcher:
     name, key, resolution = "counting", "counting", 0.0
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.calls = 0
 
     def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
-        self.asked += 1
+        self.calls += 1
         world = np.random.default_rng(0).uniform((-1, -0.7, 3), (1, 0.7, 8), (60, 3))
         moved = world + (0.3, 0, 0)
         points0, points1 = (project(MATRIX, points[:, :2] / points[:, 2:]) for points in (world, moved))
@@ -387,16 +387,16 @@ def test_results_are_computed_once_and_cached(tmp_path: Path) -> None:
     matcher = CountingMatcher()
     for _ in range(2):
         figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1))
-        assert matcher.asked == 2
+        assert matcher.calls == 2
         assert figures["rooms"]["matchers"]["counting"]["figures"]["AUC at 5"]["value"] > 95
         assert figures["rooms"]["matchers"]["counting"]["figures"]["within 1 px"]["value"] == 1
     pairs.append(evaluation_pairs.Pair("rooms", "new", (images[1] + 1, images[1]), motion, motion))
     figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1), known=True)
-    assert figures["rooms"]["pairs"] == matcher.asked == 2
+    assert figures["rooms"]["pairs"] == matcher.calls == 2
 
 
 @pytest.mark.parametrize(
-    ("changed", "anew"),
+    ("changed", "invalidated"),
     [
         ("package/models/lightglue.py", {"matches", "refined", "poses"}),
         ("package/models/libkpmatch_networks.so", {"matches", "refined", "poses"}),
@@ -409,7 +409,7 @@ def test_results_are_computed_once_and_cached(tmp_path: Path) -> None:
     ],
 )
 def test_a_change_of_the_code_invalidates_the_results_that_depend_on_it(
-    tmp_path: Path, changed: str, anew: set[str]
+    tmp_path: Path, changed: str, invalidated: set[str]
 ) -> None:
     package = Path(kpmatch_ros.__file__).parent
     for folder in ("models", "runtime", "geometry", "imaging"):
@@ -421,7 +421,7 @@ def test_a_change_of_the_code_invalidates_the_results_that_depend_on_it(
     with (tmp_path / changed).open("ab") as stream:
         stream.write(b"\n")
     after = evaluate.code_hashes(tmp_path / "package", tmp_path / "scripts")
-    assert {kind for kind in before if before[kind] != after[kind]} == anew
+    assert {kind for kind in before if before[kind] != after[kind]} == invalidated
 
 
 def test_cached_poses_of_another_estimator_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +441,7 @@ def test_cached_poses_of_another_estimator_are_not_used(tmp_path: Path, monkeypa
     evaluate.evaluate([matcher], iter([pair]), cache)
     poses = cache.result(matcher, pair).poses
     assert poses is not None and len(poses) == 3
-    assert matcher.asked == 1  # its cached matches are still valid
+    assert matcher.calls == 1  # its cached matches are still valid
 
 
 class RoundingMatcher:
