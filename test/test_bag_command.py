@@ -291,9 +291,7 @@ def two_cameras(path: Path, views: list[NDArray[np.uint8]]) -> Path:
     return path
 
 
-def test_a_bag_with_several_cameras_needs_an_explicit_choice(
-    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
-) -> None:
+def test_one_of_several_cameras_must_be_chosen(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
     bag = two_cameras(tmp_path / "in", views)
     line = refused(run(bag, tmp_path / "out", *QUICK))
     assert "has 2 image topics, choose one with --image, or a stereo pair with --left and --right: /left/im" in line
@@ -355,9 +353,7 @@ def test_without_calibration_there_are_matches_but_no_poses(
     assert ["inliers", "-"] in [line.split() for line in out.splitlines()]  # the number of inliers is unknown, not 0
 
 
-def test_figures_that_need_two_images_are_null_for_one_image(
-    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
-) -> None:
+def test_with_one_image_the_figures_of_pairs_are_null(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
     write_camera_bag(tmp_path / "in", views[:1], stamps(1), demo_camera(*SIZE))
     figures = json.loads(run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")[1])
     assert figures["frames"] == 1 and figures["keypoints"] > 20 and figures["poses"] == {}
