@@ -48,7 +48,7 @@ def run(*entities: LaunchDescriptionEntity) -> int:
     return int(service.run())
 
 
-class Told:
+class LaunchedNode:
     """The node's name, parameters and topics that result from a launch file's command line."""
 
     def __init__(self, *around: LaunchDescriptionEntity, **arguments: str) -> None:

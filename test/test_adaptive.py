@@ -10,7 +10,7 @@ import pytest
 adaptive = pytest.importorskip("benchmarks.adaptive")
 
 
-def test_the_table_has_time_and_layers_of_every_way_to_match(capsys: Any) -> None:
+def test_the_table_has_the_time_and_the_layers_of_each_mode(capsys: Any) -> None:
     adaptive.main(["--keypoints", "64", "100", "--precision", "float32", "--pairs", "2", "--apart", "2"])
     title, head, *lines = capsys.readouterr().out.splitlines()
     assert "2 pairs 2 apart" in title and re.split(r"\s{2,}", head.strip())[2:] == list(adaptive.MODES)

@@ -200,7 +200,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., Tensor
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (61, 83), (32, 37), (12, 70), (8, 8)])
 @pytest.mark.parametrize(("seed", "border"), [(0, 2), (1, 0), (2, 1)])
-def test_finds_and_describes_the_keypoints_of_the_definition(
+def test_keypoints_and_descriptors_equal_the_dense_reference(
     picture: Callable[..., Tensor], ours: Ours, seed: int, border: int, height: int, width: int
 ) -> None:
     image = picture(height, width, seed + 5)
@@ -239,7 +239,7 @@ def test_a_deformable_convolution_without_offsets_is_a_convolution() -> None:
     assert torch.allclose(conv(x), conv.conv(x), atol=1e-5)
 
 
-def test_features_where_asked_for_are_those_of_the_whole_map() -> None:
+def test_sampled_features_equal_those_of_the_full_feature_map() -> None:
     torch.manual_seed(0)
     levels = [torch.randn(2, 3, 64 // stride, 96 // stride) for stride in (1, 2, 8, 32)]
     whole = [F.interpolate(level, (64, 96), mode="bilinear", align_corners=True) for level in levels]
@@ -265,7 +265,7 @@ def test_refinement_finds_the_centre_of_a_blob() -> None:
     assert float(found) == pytest.approx(float(sampled), abs=1e-5)
 
 
-def test_images_of_a_batch_give_what_each_gives_alone(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_a_batch_gives_the_same_keypoints_as_its_images_one_by_one(ours: Ours, picture: Callable[..., Tensor]) -> None:
     model = ours()
     images = torch.stack([picture(64, 96, 1), picture(64, 96, 2), torch.zeros(3, 64, 96)])
     together = model(images)
@@ -280,7 +280,7 @@ def test_images_of_a_batch_give_what_each_gives_alone(ours: Ours, picture: Calla
         assert (together.scores[i][~together.mask[i]] == 0).all()
 
 
-def test_a_grey_image_is_seen_as_one_of_three_equal_colours(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_a_grey_image_gives_the_same_result_as_three_equal_channels(ours: Ours, picture: Callable[..., Tensor]) -> None:
     grey = picture(64, 96)[None, :1]
     model = ours()
     for one, three in zip(model(grey), model(grey.repeat(1, 3, 1, 1))):
@@ -288,7 +288,7 @@ def test_a_grey_image_is_seen_as_one_of_three_equal_colours(ours: Ours, picture:
     assert not torch.equal(model(grey).keypoints, model(picture(64, 96)[None]).keypoints)
 
 
-def test_keypoints_come_best_first_and_the_best_are_kept(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_keypoints_are_sorted_by_score_and_the_best_are_kept(ours: Ours, picture: Callable[..., Tensor]) -> None:
     image = picture(64, 96)[None]
     every, few = ours()(image), ours(max_keypoints=10)(image)
     assert (every.scores[0].diff() <= 0).all()
@@ -297,7 +297,7 @@ def test_keypoints_come_best_first_and_the_best_are_kept(ours: Ours, picture: Ca
     assert few.scores[0, 0] == every.scores[0, 0]
 
 
-def test_the_radius_the_border_and_the_threshold_are_followed(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_the_nms_radius_the_border_and_the_threshold_are_respected(ours: Ours, picture: Callable[..., Tensor]) -> None:
     image = picture(64, 96)[None]
     usual = ours()(image)
     sparse = ours(nms_radius=6, refinement_radius=0)(image).keypoints[0]
@@ -310,16 +310,14 @@ def test_the_radius_the_border_and_the_threshold_are_followed(ours: Ours, pictur
 
 
 @pytest.mark.parametrize("border", [4, 10])
-def test_no_keypoint_is_read_out_nearer_to_the_sides_than_the_border_chosen(
-    ours: Ours, picture: Callable[..., Tensor], border: int
-) -> None:
+def test_refinement_moves_no_keypoint_into_the_border(ours: Ours, picture: Callable[..., Tensor], border: int) -> None:
     model = ours(keypoint_threshold=0.02)
     model.nms_radius, model.border = 0, border  # every pixel is a keypoint, and some move outwards
     keypoints = model(picture(64, 96)[None]).keypoints[0]
     assert keypoints.min() == border and (keypoints <= torch.tensor([95.0, 63.0]) - border).all()
 
 
-def test_whole_pixels_without_refinement(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_without_refinement_keypoints_lie_on_whole_pixels(ours: Ours, picture: Callable[..., Tensor]) -> None:
     image = picture(64, 96)[None]
     whole, refined_points = (ours(refinement_radius=r)(image).keypoints for r in (0, 2))
     assert torch.equal(whole, whole.round())
@@ -327,18 +325,18 @@ def test_whole_pixels_without_refinement(ours: Ours, picture: Callable[..., Tens
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 7, 40), (2, 3, 40, 1), (1, 1, 0, 0)])
-def test_an_image_too_small_has_no_keypoints(ours: Ours, shape: tuple[int, ...]) -> None:
+def test_an_image_that_is_too_small_has_no_keypoints(ours: Ours, shape: tuple[int, ...]) -> None:
     assert_nothing_found(ours()(torch.rand(shape)), shape[0])
 
 
-def test_no_keypoints_have_no_descriptors(ours: Ours) -> None:
+def test_the_descriptor_head_accepts_zero_keypoints(ours: Ours) -> None:
     model = ours()
     levels = model.encoder(torch.rand(2, 3, 64, 96))
     described = model.descriptor_head(FeatureMap(levels, (0, 0), 96, 64), torch.zeros(2, 0, 2))
     assert described.shape == (2, 0, model.descriptor_size)
 
 
-def test_an_image_without_keypoints_gives_none(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_a_batch_without_keypoints_gives_empty_tensors(ours: Ours, picture: Callable[..., Tensor]) -> None:
     assert_nothing_found(ours(keypoint_threshold=1.0)(picture(64, 96)[None].repeat(2, 1, 1, 1)), 2)
 
 
@@ -346,9 +344,7 @@ def assert_nothing_found(found: Detections, batch: int) -> None:
     assert [tuple(each.shape) for each in found] == [(batch, 0, 2), (batch, 0), (batch, 0, DIM), (batch, 0), (batch,)]
 
 
-def test_half_precision_finds_most_keypoints_and_scores_them_in_single(
-    ours: Ours, picture: Callable[..., Tensor]
-) -> None:
+def test_half_precision_finds_most_keypoints_and_returns_float32(ours: Ours, picture: Callable[..., Tensor]) -> None:
     model, image = ours(max_keypoints=60), picture(64, 96)[None]
     single = model(image)
     found = model.to(torch.bfloat16)(image)
@@ -360,7 +356,7 @@ def test_half_precision_finds_most_keypoints_and_scores_them_in_single(
 # Files
 
 
-def test_weights_that_were_saved_load_again(ours: Ours, picture: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_saved_weights_load_again(ours: Ours, picture: Callable[..., Tensor], tmp_path: Path) -> None:
     model, image = ours(), picture(64, 96)[None]
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -384,7 +380,9 @@ def test_a_file_that_lacks_tensors_or_is_another_network_is_refused(
 # Real weights and other implementations
 
 
-def test_real_weights_find_what_kornia_finds(fetched: Callable[[str], Path], picture: Callable[..., Tensor]) -> None:
+def test_real_weights_find_the_same_keypoints_as_kornia(
+    fetched: Callable[[str], Path], picture: Callable[..., Tensor]
+) -> None:
     feature = pytest.importorskip("kornia.feature")
     theirs = feature.ALIKED(model_name="aliked-n16", detection_threshold=0.05).eval()
     stored = torch.load(fetched("aliked-n16"), map_location="cpu", weights_only=True)

@@ -52,7 +52,7 @@ def bags(views: list[NDArray[np.uint8]], tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_bag_becomes_what_kpmatch_bag_makes_of_it_and_broken_ones_are_named(
+def test_each_bag_gives_the_output_of_kpmatch_bag_and_broken_bags_are_named(
     run: Run, kpmatch: Run, bags: Path, tmp_path: Path
 ) -> None:
     status, printed, errors = run(bags, tmp_path / "out", *QUICK)
@@ -96,7 +96,7 @@ def test_the_table_has_a_row_for_each_bag_in_both_formats(
     ]
 
 
-def test_a_bag_that_is_done_is_not_done_again_and_one_that_is_mended_is(
+def test_a_second_run_processes_a_repaired_bag_but_no_finished_bag(
     run: Run, views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -113,7 +113,7 @@ def test_a_bag_that_is_done_is_not_done_again_and_one_that_is_mended_is(
         assert second[name] == first[name]  # including its times
 
 
-def test_a_run_does_not_go_on_with_other_settings(run: Run, bags: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_other_settings(run: Run, bags: Path, tmp_path: Path) -> None:
     assert run(bags, tmp_path / "out", *QUICK)[0] == 0
     status, _, error = run(bags, tmp_path / "out", *QUICK, "--border", 9)
     assert status == 2 and "was started with border -1, but now it is 9" in error and len(error.splitlines()) == 1
@@ -121,7 +121,7 @@ def test_a_run_does_not_go_on_with_other_settings(run: Run, bags: Path, tmp_path
 
 
 @pytest.mark.parametrize("name", ["archive.csv", "archive.json"])
-def test_parameters_that_lie_where_a_table_goes_are_not_overwritten(
+def test_a_parameter_file_with_the_name_of_a_table_is_not_overwritten(
     run: Run, bags: Path, tmp_path: Path, name: str
 ) -> None:
     file = tmp_path / "out" / name
@@ -134,7 +134,9 @@ def test_parameters_that_lie_where_a_table_goes_are_not_overwritten(
 
 
 @pytest.mark.parametrize("name", ["archive.csv", "archive.parquet", "archive.json"])
-def test_what_kpmatch_archive_did_not_write_is_not_overwritten(run: Run, bags: Path, tmp_path: Path, name: str) -> None:
+def test_a_file_that_kpmatch_archive_did_not_write_is_not_overwritten(
+    run: Run, bags: Path, tmp_path: Path, name: str
+) -> None:
     file = tmp_path / "out" / name
     file.parent.mkdir()
     file.write_text('{"my": "list"}')
@@ -143,14 +145,14 @@ def test_what_kpmatch_archive_did_not_write_is_not_overwritten(run: Run, bags: P
     assert file.read_text() == '{"my": "list"}'
 
 
-def test_a_run_that_made_nothing_settles_nothing(run: Run, bags: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_at_once_does_not_fix_the_settings(run: Run, bags: Path, tmp_path: Path) -> None:
     status, _, error = run(bags, tmp_path / "out", *QUICK, "--extractor", "no_such_weights")
     assert status == 2 and "no_such_weights" in error and len(error.splitlines()) == 1
     status, printed, _ = run(bags, tmp_path / "out", *QUICK)
     assert status == 0 and "2 done, 2 broken" in printed
 
 
-def test_a_bag_that_ends_half_way_leaves_nothing(
+def test_a_bag_that_fails_half_way_leaves_no_output(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b"):
@@ -181,7 +183,7 @@ def test_two_runs_do_not_write_to_one_archive(run: Run, bags: Path, tmp_path: Pa
     assert status == 2 and "another kpmatch archive" in error
 
 
-def test_bags_are_found_in_every_form_that_recorders_leave(tmp_path: Path) -> None:
+def test_bags_are_found_in_every_layout_that_recorders_write(tmp_path: Path) -> None:
     for name in (
         "a/metadata.yaml", "a/x_0.db3",  # a bag
         "b/b_0.mcap", "b/b_1.mcap",  # a recorder that was killed
@@ -202,7 +204,7 @@ def test_bags_are_found_in_every_form_that_recorders_leave(tmp_path: Path) -> No
     assert [str(job.target) for job in jobs] == ["out/i/four_db3_zstd", "out/i/three_mcap_zstd"]
 
 
-def test_a_bag_has_the_name_of_the_place_where_it_lies_whatever_links_lead_there(tmp_path: Path) -> None:
+def test_a_bag_with_several_links_to_it_is_found_once_by_its_real_place(tmp_path: Path) -> None:
     for name in ("runs/monday/day_0.mcap", "runs/tuesday/metadata.yaml", "runs/tuesday/x_0.db3"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -216,7 +218,7 @@ def test_a_bag_has_the_name_of_the_place_where_it_lies_whatever_links_lead_there
     assert found == ["far/wednesday.mcap", "monday/day_0.mcap", "tuesday"]
 
 
-def test_a_name_too_long_for_what_is_written_costs_no_other_bag(run: Run, bags: Path, tmp_path: Path) -> None:
+def test_a_name_too_long_for_the_output_fails_only_its_own_bag(run: Run, bags: Path, tmp_path: Path) -> None:
     for length in (240, 255):
         shutil.copytree(bags / "monday" / "a", bags / ("n" * length))
     assert run(bags, tmp_path / "out", *QUICK)[0] == 0
@@ -242,7 +244,7 @@ def test_a_name_too_long_for_what_is_written_costs_no_other_bag(run: Run, bags: 
         (["{in}", "{out}", "--ray", "127.0.0.1:1"], "nothing answers at this address"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(
+def test_invalid_arguments_are_refused_in_one_line(
     run: Run, bags: Path, tmp_path: Path, words: list[str], said: str
 ) -> None:
     if "127.0.0.1:1" in words:
@@ -252,14 +254,14 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert (status, printed, len(error.splitlines())) == (2, "", 1) and said in error
 
 
-def test_where_no_bag_can_be_used_the_status_is_2(run: Run, bags: Path, tmp_path: Path) -> None:
+def test_the_exit_status_is_2_if_no_bag_can_be_used(run: Run, bags: Path, tmp_path: Path) -> None:
     for name in ("monday", "c.mcap"):
         (bags / name).rename(tmp_path / name)
     status, _, errors = run(bags, tmp_path / "out", *QUICK)
     assert status == 2 and errors.splitlines()[-1] == "kpmatch archive: none of the 2 bags can be used"
 
 
-def test_what_is_not_installed_is_named(run: Run, bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(run: Run, bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, _, error = run(bags, tmp_path / "out", *QUICK, "--ray", "local")
     assert status == 2 and "pip install ray" in error and len(error.splitlines()) == 1
@@ -268,7 +270,7 @@ def test_what_is_not_installed_is_named(run: Run, bags: Path, tmp_path: Path, mo
 
 
 @pytest.mark.timeout(600)  # Ray starts three times: 18 s on an idle machine, minutes on a busy one
-def test_a_worker_that_is_killed_costs_nothing_but_time(
+def test_the_bag_of_a_killed_worker_is_processed_again(
     views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
@@ -277,15 +279,15 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
         write_camera_bag(bags / name, views, stamps(12), demo_camera(*SIZE))
     out = tmp_path / "out"
     family: list[psutil.Process] = []
-    with on_ray(bags, out, CUDA_VISIBLE_DEVICES="0") as process:
+    with run_on_ray(bags, out, CUDA_VISIBLE_DEVICES="0") as process:
         at_work: list[psutil.Process] = []
         until = time.monotonic() + 120
         while not (at_work and any((out / ".unfinished").glob("tmp*"))):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.02)
             family = process.children(recursive=True)
-            at_work = [child for child in family if title(child).startswith("ray::kpmatch ")]
-        bag, victim = title(at_work[0]).removeprefix("ray::kpmatch "), at_work[0].pid
+            at_work = [child for child in family if process_title(child).startswith("ray::kpmatch ")]
+        bag, victim = process_title(at_work[0]).removeprefix("ray::kpmatch "), at_work[0].pid
         gpus = at_work[0].environ()["CUDA_VISIBLE_DEVICES"]
         os.kill(victim, signal.SIGKILL)
         printed, errors = process.communicate(timeout=420)
@@ -298,23 +300,23 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     assert not alive
 
 
-def test_a_bag_for_which_memory_runs_out_is_not_tried_for_ever(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+def test_a_bag_that_runs_out_of_memory_is_not_retried_forever(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     (tmp_path / "in").mkdir()
     write_camera_bag(tmp_path / "in" / "drive", views[:3], stamps(3), demo_camera(*SIZE))
     short = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "50"}  # no task has enough memory
-    with on_ray(tmp_path / "in", tmp_path / "out", **short, RAY_task_oom_retry_delay_base_ms="10") as process:
+    with run_on_ray(tmp_path / "in", tmp_path / "out", **short, RAY_task_oom_retry_delay_base_ms="10") as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and f"{tmp_path / 'in' / 'drive'}: its machine ran out of memory" in errors, errors
     assert table(tmp_path / "out")["drive"]["state"] == "failed" and "its worker died" not in errors
 
 
-def test_bags_in_hand_when_a_run_is_stopped_count_no_attempt(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+def test_stopping_a_run_counts_no_attempt_for_its_current_bags(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     for name in ("a", "b", "c"):
         write_camera_bag(tmp_path / "in" / name, views, stamps(12), demo_camera(*SIZE))
     attempts = tmp_path / "out" / ".attempts"
-    with on_ray(tmp_path / "in", tmp_path / "out") as process:
+    with run_on_ray(tmp_path / "in", tmp_path / "out") as process:
         until = time.monotonic() + 120
         while not any(attempts.glob("*")):
             assert process.poll() is None and time.monotonic() < until
@@ -325,7 +327,7 @@ def test_bags_in_hand_when_a_run_is_stopped_count_no_attempt(views: list[NDArray
 
 
 @contextmanager
-def on_ray(bags: Path, out: Path, **environment: str) -> Iterator[psutil.Popen]:
+def run_on_ray(bags: Path, out: Path, **environment: str) -> Iterator[psutil.Popen]:
     """Run `kpmatch archive` on two workers of this machine, and stop it if the test ends first."""
     command = [sys.executable, "-m", "kpmatch_ros.cli", "archive", bags, out, *QUICK,
                "--ray", "local", "--cpus-per-bag", max(1, (os.cpu_count() or 2) // 2)]  # fmt: skip
@@ -345,14 +347,14 @@ def on_ray(bags: Path, out: Path, **environment: str) -> Iterator[psutil.Popen]:
             process.wait(60)
 
 
-def title(process: psutil.Process) -> str:
+def process_title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline()).strip()
     except psutil.Error:
         return ""
 
 
-def test_a_full_disk_is_no_fault_of_the_bags(
+def test_a_full_disk_stops_the_run_and_marks_no_bag_as_failed(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b", "c"):
@@ -363,7 +365,7 @@ def test_a_full_disk_is_no_fault_of_the_bags(
     def fill(self: BagWriter, topic: str, message: Any, stamp: int) -> None:
         written.append(topic)
         if len(written) == 6:  # while it writes the second bag
-            monkeypatch.setattr(self, "_writer", Full())
+            monkeypatch.setattr(self, "_writer", FullDiskWriter())
         write(self, topic, message, stamp)
 
     monkeypatch.setattr(BagWriter, "write", fill)
@@ -377,7 +379,7 @@ def test_a_full_disk_is_no_fault_of_the_bags(
     assert "3 done (1 of them in an earlier run)\n" in run(tmp_path / "in", out, *QUICK)[1]
 
 
-class Full:
+class FullDiskWriter:
     """A bag writer on a full disk."""
 
     def add_connection(self, *_: Any, **__: Any) -> Any:
@@ -387,7 +389,7 @@ class Full:
 
 
 @pytest.mark.parametrize("names", [("drive.mcap", "drive_mcap"), ("drive.mcap", "drive_mcap/a")])
-def test_two_bags_for_one_place_are_refused(
+def test_two_bags_with_the_same_output_path_are_refused(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, names: tuple[str, str]
 ) -> None:
     folder = tmp_path / "in"
@@ -400,9 +402,7 @@ def test_two_bags_for_one_place_are_refused(
     assert all(str(folder / name) in error for name in names) and "rename one of them" in error
 
 
-def test_no_result_comes_to_stand_among_the_recordings(
-    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
-) -> None:
+def test_no_output_is_written_among_the_recordings(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
     folder = tmp_path / "day"
     for name in ("day/drive", "drive"):  # the first would be named day/drive, which is the name of the second
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -413,9 +413,7 @@ def test_no_result_comes_to_stand_among_the_recordings(
     assert "remove" not in error
 
 
-def test_a_link_to_another_disk_in_the_place_of_results_costs_no_other_bag(
-    run: Run, bags: Path, tmp_path: Path
-) -> None:
+def test_an_output_folder_linked_to_another_disk_fails_only_its_own_bag(run: Run, bags: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
@@ -430,7 +428,7 @@ def test_a_link_to_another_disk_in_the_place_of_results_costs_no_other_bag(
         assert not list(Path(elsewhere).iterdir())
 
 
-def test_a_mask_that_was_changed_is_another_setting(
+def test_a_changed_mask_counts_as_another_setting(
     run: Run, views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
 ) -> None:
     mask = np.full_like(views[0], 255)
@@ -443,7 +441,7 @@ def test_a_mask_that_was_changed_is_another_setting(
     assert status == 2 and "was started with content of mask '" in error and error.count("\n") == 1
 
 
-def test_a_name_that_is_not_utf_8_costs_no_result(
+def test_bags_with_names_that_are_not_utf_8_are_processed(
     run: Run, kpmatch: Run, views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
 ) -> None:
     odd = os.fsdecode(b"caf\xe9")
@@ -459,7 +457,7 @@ def test_a_name_that_is_not_utf_8_costs_no_result(
     assert all(Path(word.split("=")[1]).exists() for word in words)
 
 
-def test_what_lies_beside_the_bags_or_in_their_way_stops_no_other_bag(run: Run, bags: Path, tmp_path: Path) -> None:
+def test_dangling_links_in_the_input_or_the_output_stop_no_other_bag(run: Run, bags: Path, tmp_path: Path) -> None:
     (bags / "monday" / "a" / "a_7.mcap").symlink_to("/nowhere/a_7.mcap")
     (bags / "c.mcap").rename(bags / "z.mcap")
     shutil.rmtree(bags / "other")
@@ -478,7 +476,7 @@ def test_what_lies_beside_the_bags_or_in_their_way_stops_no_other_bag(run: Run, 
     assert rows["z.mcap"]["state"] == "done"
 
 
-def test_a_folder_named_as_registered_weights_is_not_taken_for_them(
+def test_a_folder_named_like_registered_weights_is_not_loaded_as_weights(
     run: Run, bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "nearest").mkdir()

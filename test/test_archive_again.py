@@ -34,7 +34,7 @@ def run(kpmatch: Run) -> Run:
     return functools.partial(kpmatch, "archive")
 
 
-def test_results_are_no_bags_to_read_whatever_links_lead_to_them(
+def test_outputs_are_not_read_as_input_bags_even_through_links(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     out = tmp_path / "data" / "matched"
@@ -50,7 +50,7 @@ def test_results_are_no_bags_to_read_whatever_links_lead_to_them(
     assert [path.name for path in find_bags(tmp_path / "in", out)] == ["x"]
 
 
-def test_results_of_another_bag_of_that_name_are_not_taken_for_this_ones(
+def test_outputs_of_another_bag_with_the_same_name_are_not_reused(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     for place, count in (("one", 3), ("two", 5)):
@@ -67,7 +67,7 @@ def test_results_of_another_bag_of_that_name_are_not_taken_for_this_ones(
     assert table(tmp_path / "out")["drive"]["frames"] == "5"
 
 
-def test_a_bag_that_changes_while_it_is_read_is_done_when_it_is_whole(
+def test_a_bag_that_changes_while_it_is_read_is_processed_in_the_next_run(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for place, count in (("in", 3), ("whole", 7)):
@@ -88,7 +88,7 @@ def test_a_bag_that_changes_while_it_is_read_is_done_when_it_is_whole(
     assert table(tmp_path / "out")["g"]["frames"] == "7"
 
 
-def test_a_bag_is_another_one_where_more_files_of_it_are_read_or_its_log_is_another(
+def test_a_bag_with_more_files_or_another_write_ahead_log_counts_as_another_bag(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     split, killed = tmp_path / "in" / "split", tmp_path / "in" / "killed"
@@ -108,16 +108,16 @@ def test_a_bag_is_another_one_where_more_files_of_it_are_read_or_its_log_is_anot
     recorder.close()
     (killed / "metadata.yaml").unlink()
 
-    def left(log: int) -> None:
+    def restore_files_of_killed_recorder(log: int) -> None:
         """Restore the files that a killed recorder leaves."""
         shutil.copy(tmp_path / "db3", database)
         shutil.copy(tmp_path / f"{log}-wal", f"{database}-wal")
 
     database.unlink()
     database = killed / "killed_0.db3"
-    left(1)
+    restore_files_of_killed_recorder(1)
     assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 0
-    left(2)
+    restore_files_of_killed_recorder(2)
     metadata = split / "metadata.yaml"
     metadata.write_text(metadata.read_text().replace("- split.mcap\n", "- split.mcap\n  - split_1.mcap\n", 1))
     assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 2
@@ -128,7 +128,7 @@ def test_a_bag_is_another_one_where_more_files_of_it_are_read_or_its_log_is_anot
     assert f"{tmp_path / 'out' / 'split'}: was made from another bag" in rows["split"]["message"]
 
 
-def test_a_bag_that_was_read_while_it_was_copied_is_read_again_when_it_is_whole(
+def test_a_bag_read_during_its_copy_is_read_again_when_it_is_complete(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -144,7 +144,7 @@ def test_a_bag_that_was_read_while_it_was_copied_is_read_again_when_it_is_whole(
 
 
 @pytest.mark.parametrize("damage", ["[" * 3000, "rosbag2_bagfile_information: !!bool maybe"])
-def test_damaged_metadata_costs_no_other_bag(
+def test_damaged_metadata_fails_only_its_own_bag(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, damage: str
 ) -> None:
     for name in ("done", "good", "never"):
@@ -161,7 +161,7 @@ def test_damaged_metadata_costs_no_other_bag(
     assert "metadata.yaml is damaged" in rows["never"]["message"]
 
 
-def test_a_bag_whose_worker_died_after_it_was_done_is_done(
+def test_a_bag_stays_done_if_its_worker_died_after_finishing_it(
     views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bag = tmp_path / "in" / "drive"
@@ -191,7 +191,7 @@ sys.exit(main(["archive", *sys.argv[1:]]))
 """
 
 
-def test_a_bag_that_kills_its_process_is_done_last_and_passed_over_after_four_attempts(
+def test_a_bag_that_kills_its_process_comes_last_and_is_skipped_after_four_attempts(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -209,7 +209,7 @@ def test_a_bag_that_kills_its_process_is_done_last_and_passed_over_after_four_at
     assert table(out)["deadly"]["state"] == "done" and not (out / ".attempts").exists()
 
 
-def test_a_run_that_is_stopped_is_no_attempt_that_a_bag_failed(
+def test_an_interrupted_run_does_not_count_as_a_failed_attempt(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_camera_bag(tmp_path / "in" / "drive", views[:3], stamps(3), demo_camera(*SIZE))
@@ -225,7 +225,7 @@ def stop(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_run_that_is_stopped_leaves_a_table_of_what_is_done(
+def test_an_interrupted_run_writes_the_table_of_finished_bags(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     out = tmp_path / "out"
@@ -248,7 +248,7 @@ def test_a_run_that_is_stopped_leaves_a_table_of_what_is_done(
     assert full or {name: row["state"] for name, row in table(out).items()} == {"a": "done"}
 
 
-def test_parameters_that_decide_nothing_may_change_between_runs(
+def test_parameters_without_effect_on_the_output_may_change_between_runs(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     write_camera_bag(tmp_path / "in" / "drive", views[:3], stamps(3), demo_camera(*SIZE))

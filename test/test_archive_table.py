@@ -23,7 +23,7 @@ def run(kpmatch: Run) -> Run:
     return functools.partial(kpmatch, "archive")
 
 
-def test_a_bag_without_the_topics_asked_for_is_not_called_broken(
+def test_a_bag_without_the_requested_topics_is_unsuitable_and_not_broken(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     fleet = tmp_path / "in"
@@ -48,7 +48,7 @@ def test_a_bag_without_the_topics_asked_for_is_not_called_broken(
     assert status == 2 and errors.splitlines()[-1] == "kpmatch archive: none of the 4 bags can be used"
 
 
-def test_a_bag_whose_images_are_in_what_is_damaged_is_broken_and_not_unsuitable(
+def test_a_bag_whose_images_are_in_a_damaged_file_is_broken_and_not_unsuitable(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     drive = tmp_path / "in" / "drive"
@@ -64,7 +64,7 @@ def test_a_bag_whose_images_are_in_what_is_damaged_is_broken_and_not_unsuitable(
     assert row["state"] == "broken" and "drive_0.mcap: cannot be read" in row["message"]
 
 
-def test_a_row_says_what_an_evaluation_asks_and_what_computed_it(
+def test_a_row_has_latencies_counts_and_the_device_that_computed_it(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     write_camera_bag(tmp_path / "in" / "drive", views[:3], stamps(3), demo_camera(*SIZE))
@@ -76,7 +76,7 @@ def test_a_row_says_what_an_evaluation_asks_and_what_computed_it(
     assert (row["breaks"], row["odometry_breaks"], row["unpaired"]) == ("0", "", "")  # odometry was not requested
 
 
-def test_a_row_of_a_stereo_pair_counts_the_images_without_a_partner(
+def test_the_row_of_a_stereo_bag_counts_the_images_without_a_partner(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     with BagWriter(tmp_path / "in" / "pair") as bag:
@@ -88,7 +88,9 @@ def test_a_row_of_a_stereo_pair_counts_the_images_without_a_partner(
     assert (row["frames"], row["unpaired"], row["status_no_calibration"]) == ("3", "1", "2")
 
 
-def test_poses_and_report_lie_in_each_bags_folder(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+def test_poses_and_report_are_written_to_each_bags_output_folder(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
     pytest.importorskip("plotly")
     for name in ("monday/drive", "poses.txt"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ def test_poses_and_report_lie_in_each_bags_folder(run: Run, views: list[NDArray[
     assert status == 2 and "was started with report True, but now it is False" in error
 
 
-def test_what_each_bag_would_be_refused_for_is_said_once(
+def test_an_option_that_fails_for_every_bag_is_refused_once(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b"):

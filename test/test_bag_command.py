@@ -71,7 +71,7 @@ def bag(views: list[NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFactory
 # The messages
 
 
-def publish(node: NodeUnderTest, bag: Path) -> None:
+def publish_images_and_infos(node: NodeUnderTest, bag: Path) -> None:
     with AnyReader([bag]) as reader:
         for connection, _, raw in reader.messages():
             if connection.topic == "/camera/image_raw":
@@ -81,7 +81,7 @@ def publish(node: NodeUnderTest, bag: Path) -> None:
             node.spin(0.01)
 
 
-def test_the_bag_holds_what_the_node_publishes_bit_for_bit(tmp_path: Path) -> None:
+def test_the_output_bag_equals_the_messages_of_the_node_bit_for_bit(tmp_path: Path) -> None:
     from rclpy.serialization import deserialize_message
 
     from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
@@ -91,7 +91,7 @@ def test_the_bag_holds_what_the_node_publishes_bit_for_bit(tmp_path: Path) -> No
         node.subscribe(FeatureArray, "features", node.features.append)
         node.wait_until_connected()
         node.wait_for(lambda: node.node.count_subscribers("features") == 1, "the subscription")
-        publish(node, tmp_path / "in")
+        publish_images_and_infos(node, tmp_path / "in")
         node.wait_for(lambda: len(node.poses) == len(node.matches) == 4 and len(node.features) == 5, "every pair")
     bag_command(tmp_path / "in", tmp_path / "out", "--device", "cpu", "--precision", "float32",
                 "--max-keypoints", 512, "--features")  # fmt: skip
@@ -107,7 +107,7 @@ def test_the_bag_holds_what_the_node_publishes_bit_for_bit(tmp_path: Path) -> No
         assert differences(written[topic], published) == [], topic
 
 
-def test_messages_have_the_stamps_of_their_images_and_are_recorded_when_these_were(
+def test_messages_have_the_header_stamps_and_recording_times_of_their_images(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     delay = 7_000_000  # from exposure to recording
@@ -125,7 +125,7 @@ def test_messages_have_the_stamps_of_their_images_and_are_recorded_when_these_we
         assert {record.message.header.frame_id for record in records} == {"eye"}
 
 
-def test_a_frame_after_a_jump_in_time_has_no_pair_and_its_pose_says_so(
+def test_a_frame_after_a_time_jump_has_no_pair_and_its_pose_is_interrupted(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     times = [FIRST + tenth * 100_000_000 for tenth in (50, 51, 0, 1, 30, 31)]  # the time goes back, then has a gap
@@ -144,7 +144,7 @@ def test_a_frame_after_a_jump_in_time_has_no_pair_and_its_pose_says_so(
     assert all(pose.num_matches == 0 and pose.reference.frame_id == "" for pose in alone)
 
 
-def test_the_other_topics_are_written_on_demand(run: Run, bag: Path, tmp_path: Path) -> None:
+def test_features_and_match_images_are_written_on_request(run: Run, bag: Path, tmp_path: Path) -> None:
     assert run(bag, tmp_path / "out", *QUICK, "--features", "--match-image")[0] == 0
     counts = {topic.name: topic.num_messages for topic in bag_topics(tmp_path / "out")}
     assert counts == {"/features": 6, "/matches": 5, "/match_image": 5, "/relative_pose": 5}
@@ -153,7 +153,7 @@ def test_the_other_topics_are_written_on_demand(run: Run, bag: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-def test_the_bag_is_stored_as_the_one_it_is_made_from(
+def test_the_output_bag_has_the_storage_format_of_the_input_bag(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, storage: Any
 ) -> None:
     write_camera_bag(tmp_path / "in", views[:2], stamps(2), None, storage=storage)
@@ -180,7 +180,7 @@ def test_compressed_images_are_matched_too(run: Run, views: list[NDArray[np.uint
 # The figures
 
 
-def test_it_ends_with_a_table(run: Run, bag: Path, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_at_the_end(run: Run, bag: Path, tmp_path: Path) -> None:
     status, out, err = run(bag, tmp_path / "out", *QUICK)
     assert (status, err) == (0, "")
     rows = {line.split()[0]: line for line in out.splitlines()}
@@ -188,7 +188,7 @@ def test_it_ends_with_a_table(run: Run, bag: Path, tmp_path: Path) -> None:
     assert "6 of 160 x 120 (/camera/image_raw)" in rows["frames"] and "95 %" in rows["latency"]
 
 
-def test_json_holds_the_figures(run: Run, bag: Path, tmp_path: Path) -> None:
+def test_the_json_output_agrees_with_the_messages_in_the_bag(run: Run, bag: Path, tmp_path: Path) -> None:
     figures = json.loads(run(bag, tmp_path / "out", *QUICK, "--json")[1])
     found = by_topic(tmp_path / "out")
     assert figures["frames"] == 6 and sum(figures["poses"].values()) == 5 and figures["rejected"] == {}
@@ -197,7 +197,7 @@ def test_json_holds_the_figures(run: Run, bag: Path, tmp_path: Path) -> None:
     assert figures["rate"] > 0 and 0 < figures["latency_ms"]["median"] <= figures["latency_ms"]["95 %"]
 
 
-def test_images_that_cannot_be_used_are_counted_and_the_run_goes_on(
+def test_unusable_images_are_counted_and_the_run_continues(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     with BagWriter(tmp_path / "in") as bag:
@@ -216,7 +216,7 @@ def test_images_that_cannot_be_used_are_counted_and_the_run_goes_on(
     assert [header_stamp(record.message) for record in matches] == [stamps(6)[1], stamps(6)[5]]
 
 
-def test_a_calibration_for_another_size_gives_no_pose_and_says_so(
+def test_a_calibration_for_another_image_size_gives_no_pose_and_a_warning(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     write_camera_bag(tmp_path / "in", views, stamps(6), demo_camera(320, 240))
@@ -229,7 +229,7 @@ def test_a_calibration_for_another_size_gives_no_pose_and_says_so(
 # Parameters
 
 
-def detected(matches: Any) -> NDArray[np.float32]:
+def points_at_keypoints(matches: Any) -> NDArray[np.float32]:
     """Return the points (M, 2) at keypoints of the current image, without those of other tracks."""
     return np.reshape(matches.points, (-1, 2))[np.array(matches.indices) != matches.NOT_DETECTED]
 
@@ -243,12 +243,12 @@ def test_options_override_the_parameter_file_which_overrides_the_defaults(run: R
     assert run(bag, tmp_path / "out", "--params", tmp_path / "matcher.yaml", "--border", 20)[0] == 0
     matches = by_topic(tmp_path / "out")["/matches"][0].message
     assert matches.num_keypoints == 50 and matches.matcher == "nearest"
-    assert detected(matches).min() >= 17, "a refined point is near its keypoint"
+    assert points_at_keypoints(matches).min() >= 17, "a refined point is near its keypoint"
     assert run(bag, tmp_path / "out2", "--params", tmp_path / "matcher.yaml")[0] == 0
-    assert detected(by_topic(tmp_path / "out2")["/matches"][0].message).min() < 17
+    assert points_at_keypoints(by_topic(tmp_path / "out2")["/matches"][0].message).min() < 17
 
 
-def test_the_packages_own_parameter_file_gives_the_defaults() -> None:
+def test_the_installed_parameter_file_gives_the_defaults() -> None:
     from kpmatch_ros.parameter_file import read_parameter_file
     from kpmatch_ros.parameters import Parameters
 
@@ -291,7 +291,7 @@ def two_cameras(path: Path, views: list[NDArray[np.uint8]]) -> Path:
     return path
 
 
-def test_a_choice_of_cameras_is_left_to_the_user(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+def test_one_of_several_cameras_must_be_chosen(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
     bag = two_cameras(tmp_path / "in", views)
     line = refused(run(bag, tmp_path / "out", *QUICK))
     assert "has 2 image topics, choose one with --image, or a stereo pair with --left and --right: /left/im" in line
@@ -306,14 +306,14 @@ def test_a_choice_of_cameras_is_left_to_the_user(run: Run, views: list[NDArray[n
     assert figures["camera_info"] == "/right/camera_info" and figures["camera_info_refused"] == {"size": 3}
 
 
-def test_the_only_calibration_of_a_bag_is_taken_wherever_it_is(
+def test_the_only_calibration_of_a_bag_is_used_whatever_its_topic(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     write_camera_bag(tmp_path / "in", views, stamps(6), demo_camera(*SIZE), info_topic="/calibration")
     assert json.loads(run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")[1])["camera_info"] == "/calibration"
 
 
-def test_the_only_calibration_of_a_bag_is_not_taken_from_another_camera(
+def test_the_only_calibration_of_a_bag_is_not_used_for_another_camera(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     with BagWriter(tmp_path / "in") as bag:
@@ -326,7 +326,9 @@ def test_the_only_calibration_of_a_bag_is_not_taken_from_another_camera(
     given = ("--image", "/other/image", "--camera-info", "/one/camera_info")
     _, out, err = run(tmp_path / "in", tmp_path / "given", *given, "--json", *QUICK)
     assert json.loads(out)["camera_info"] == "/one/camera_info"
-    assert "have the frame_id 'other', but their camera_info has 'one'" in err, "it was named, and may be meant so"
+    assert "have the frame_id 'other', but their camera_info has 'one'" in err, (
+        "it was chosen explicitly, so there is only a warning"
+    )
     assert choose_camera(tmp_path / "in", "/one/image").camera_info == "/one/camera_info"
 
 
@@ -342,7 +344,7 @@ def test_the_calibration_beside_compressed_images_is_found(
     assert choose_camera(tmp_path / "in").camera_info == "/eye/camera_info"
 
 
-def test_without_calibration_there_are_matches_and_no_poses(
+def test_without_calibration_there_are_matches_but_no_poses(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     write_camera_bag(tmp_path / "in", views, stamps(6), None)
@@ -351,7 +353,7 @@ def test_without_calibration_there_are_matches_and_no_poses(
     assert ["inliers", "-"] in [line.split() for line in out.splitlines()]  # the number of inliers is unknown, not 0
 
 
-def test_what_one_image_tells_nothing_of_is_no_number(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+def test_with_one_image_the_figures_of_pairs_are_null(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
     write_camera_bag(tmp_path / "in", views[:1], stamps(1), demo_camera(*SIZE))
     figures = json.loads(run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")[1])
     assert figures["frames"] == 1 and figures["keypoints"] > 20 and figures["poses"] == {}
@@ -362,7 +364,7 @@ def test_what_one_image_tells_nothing_of_is_no_number(run: Run, views: list[NDAr
 # Poses
 
 
-def test_poses_are_chained_from_the_first_camera(run: Run, tmp_path: Path) -> None:
+def test_poses_are_chained_from_the_first_camera_pose(run: Run, tmp_path: Path) -> None:
     write_demo_bag(tmp_path / "in", num_frames=4, size=(320, 240))
     assert run(tmp_path / "in", tmp_path / "out", "--device", "cpu", "--poses", tmp_path / "poses.txt")[0] == 0
     times, rows = read_tum(tmp_path / "poses.txt")
@@ -384,7 +386,7 @@ def test_poses_are_chained_from_the_first_camera(run: Run, tmp_path: Path) -> No
     assert rows[2, 1:4] @ moved > 0.97 * np.linalg.norm(rows[2, 1:4]) * np.linalg.norm(moved)
 
 
-def test_a_time_before_zero_is_written_as_such(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+def test_a_negative_time_is_written_with_its_sign(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
     with BagWriter(tmp_path / "in") as bag:
         for number, view in enumerate(views[:2]):
             bag.write("/eye/image", image_message(view, (2 * number - 1) * 250_000_000, "eye", "mono8"), FIRST + number)
@@ -392,7 +394,7 @@ def test_a_time_before_zero_is_written_as_such(run: Run, views: list[NDArray[np.
     assert (tmp_path / "poses.txt").read_text().splitlines()[1].startswith("-0.250000000 0.0")
 
 
-def test_frames_that_cannot_be_related_break_the_chain_visibly(
+def test_frames_without_a_pose_are_marked_as_a_break_of_the_chain(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     blank = np.full_like(views[0], 128)
@@ -419,7 +421,7 @@ def test_frames_that_cannot_be_related_break_the_chain_visibly(
 # What is not written
 
 
-def test_a_target_that_exists_is_left_alone(run: Run, bag: Path, tmp_path: Path) -> None:
+def test_an_unusable_output_path_is_refused_and_nothing_is_changed(run: Run, bag: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note").write_text("mine")
     assert "out: exists already" in refused(run(bag, tmp_path / "out", *QUICK))
@@ -431,7 +433,7 @@ def test_a_target_that_exists_is_left_alone(run: Run, bag: Path, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_bag_that_is_none_is_refused_in_one_line(run: Run, tmp_path: Path) -> None:
+def test_a_missing_bag_or_one_without_images_is_refused_in_one_line(run: Run, tmp_path: Path) -> None:
     assert "there is no such bag" in refused(run(tmp_path / "in", tmp_path / "out"))
     (tmp_path / "in").mkdir()
     assert "is not a bag" in refused(run(tmp_path / "in", tmp_path / "out"))
@@ -440,7 +442,7 @@ def test_a_bag_that_is_none_is_refused_in_one_line(run: Run, tmp_path: Path) -> 
     assert "has no image topic" in refused(run(tmp_path / "text", tmp_path / "out"))
 
 
-def test_a_bag_without_a_usable_image_leaves_nothing_behind(
+def test_a_bag_without_a_usable_image_leaves_no_output(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     with BagWriter(tmp_path / "in") as bag:
@@ -451,7 +453,7 @@ def test_a_bag_without_a_usable_image_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_report_has_the_name_of_the_bags_folder_however_it_is_named(
+def test_a_report_names_the_bags_folder_even_if_the_path_is_a_dot(
     run: Run, bag: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("plotly")
@@ -461,7 +463,7 @@ def test_a_report_has_the_name_of_the_bags_folder_however_it_is_named(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_being_stopped_leaves_no_half_bag_behind(
+def test_an_interrupted_run_leaves_no_partial_bag(
     views: list[NDArray[np.uint8]], tmp_path: Path, sent: signal.Signals
 ) -> None:
     write_camera_bag(tmp_path / "in", views * 300, stamps(1800), demo_camera(*SIZE))
@@ -489,7 +491,7 @@ def test_the_command_needs_no_ros(bag: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "0 []"
 
 
-def test_an_option_that_plays_no_part_is_told_of(run: Run, bag: Path, tmp_path: Path) -> None:
+def test_an_option_without_effect_is_reported(run: Run, bag: Path, tmp_path: Path) -> None:
     status, _, errors = run(bag, tmp_path / "out", *QUICK, "--keyframe-min-matches", 40)
-    told = "keyframe_min_matches is 40 and has no effect: it needs reference 'keyframe', which is 'previous'"
-    assert status == 0 and f"kpmatch bag: {told}\n" in errors
+    warning = "keyframe_min_matches is 40 and has no effect: it needs reference 'keyframe', which is 'previous'"
+    assert status == 0 and f"kpmatch bag: {warning}\n" in errors

@@ -40,7 +40,7 @@ def stereo_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def walked(stereo_bag: Path) -> Path:
+def stereo_output(stereo_bag: Path) -> Path:
     """The folder with the command's output `out` and `poses.txt` for this bag."""
     folder = stereo_bag.parent
     words = ["--left", "/left/image_rect", "--right", "/right/image_rect", "--rectified", "--publish-odometry",
@@ -49,7 +49,7 @@ def walked(stereo_bag: Path) -> Path:
     return folder
 
 
-def altered(source: Path, target: Path, change: Callable[[int, Any], Any]) -> Path:
+def altered_bag(source: Path, target: Path, change: Callable[[int, Any], Any]) -> Path:
     """Write a bag with all records after `change`, called with the number within the topic. None drops the record."""
     numbers: dict[str, int] = {}
     with BagWriter(target) as bag:
@@ -61,8 +61,8 @@ def altered(source: Path, target: Path, change: Callable[[int, Any], Any]) -> Pa
     return target
 
 
-def test_the_stereo_bag_holds_what_the_node_publishes_bit_for_bit(
-    stereo_bag: Path, walked: Path, tmp_path: Path
+def test_the_stereo_output_bag_equals_the_messages_of_the_node_bit_for_bit(
+    stereo_bag: Path, stereo_output: Path, tmp_path: Path
 ) -> None:
     from nav_msgs.msg import Odometry
     from rclpy.qos import QoSProfile
@@ -97,7 +97,7 @@ def test_the_stereo_bag_holds_what_the_node_publishes_bit_for_bit(
     kinds = {"/stereo_matches": MatchArray, "/matches": MatchArray, "/relative_pose": RelativePose,
              "/odometry": Odometry, "/features": FeatureArray}  # fmt: skip
     written: dict[str, list[Any]] = {topic: [] for topic in kinds}
-    with AnyReader([walked / "out"]) as reader:
+    with AnyReader([stereo_output / "out"]) as reader:
         assert {connection.topic for connection in reader.connections} == {*kinds, "/tf"}
         for connection, _, raw in reader.messages():
             if connection.topic in kinds:
@@ -112,15 +112,15 @@ def test_the_stereo_bag_holds_what_the_node_publishes_bit_for_bit(
     assert {pose.status for pose in node.poses} == {RelativePose.OK} and len(node.stereo_matches[0].scores) > 50
 
 
-def test_stereo_poses_are_written_in_metres(stereo_bag: Path, walked: Path) -> None:
+def test_stereo_poses_are_written_in_metres(stereo_bag: Path, stereo_output: Path) -> None:
     true_stamps, truth = read_ground_truth(stereo_bag)
-    times, rows = read_tum(walked / "poses.txt")
+    times, rows = read_tum(stereo_output / "poses.txt")
     assert times == [f"{stamp // 10**9}.{stamp % 10**9:09d}" for stamp in true_stamps.tolist()]
     turned, moved = relative_motion(truth[0], truth[4])
     length = np.linalg.norm(moved)
     assert np.linalg.norm(rows[4, 1:4] - moved) < 0.03 * length and length > 0.5
     assert np.degrees((Rotation.from_quat(rows[4, 4:]).inv() * Rotation.from_matrix(turned)).magnitude()) < 0.3
-    found = by_topic(walked / "out")
+    found = by_topic(stereo_output / "out")
     assert all(record.message.metric for record in found["/relative_pose"])
     # The odometry, with x forward, ends at the same distance from its start, and TF agrees.
     last, (transform,) = found["/odometry"][-1].message, found["/tf"][-1].message.transforms
@@ -131,11 +131,11 @@ def test_stereo_poses_are_written_in_metres(stereo_bag: Path, walked: Path) -> N
     assert (transform.header.frame_id, transform.child_frame_id) == ("odom", "left_optical_frame")
 
 
-def test_images_without_a_partner_are_counted_and_named(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
+def test_images_without_a_partner_are_counted_and_reported(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
     def change(number: int, record: Any) -> Any:
         return None if record.topic == "/right/image_rect" and number in (1, 3) else record
 
-    altered(stereo_bag, tmp_path / "in", change)
+    altered_bag(stereo_bag, tmp_path / "in", change)
     status, out, err = run(tmp_path / "in", tmp_path / "out", *STEREO, "--json")
     figures = json.loads(out)
     assert status == 0 and figures["frames"] == 3 and figures["unpaired"] == {"/left/image_rect": 2}
@@ -148,7 +148,7 @@ def test_images_without_a_partner_are_counted_and_named(run: Run, stereo_bag: Pa
     assert "/left/image_rect 2" in rows["unpaired"] and "of left and right" in rows["stereo"]
 
 
-def test_a_camera_that_falls_silent_is_told_of_as_by_the_node(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
+def test_a_camera_that_stops_gives_interrupted_poses_as_in_the_node(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
     """From the third frame on only left images arrive, ten per second, for 8 s. A pose reports it from 5 s on."""
     counts = {"/left/image_rect": 0, "/right/image_rect": 0}
     with BagWriter(tmp_path / "silent") as bag:
@@ -177,7 +177,7 @@ def test_stamps_are_paired_within_the_tolerance(run: Run, stereo_bag: Path, tmp_
             record.message.header.stamp.nanosec += 20_000_000
         return record
 
-    altered(stereo_bag, tmp_path / "in", late)
+    altered_bag(stereo_bag, tmp_path / "in", late)
     line = refused(run(tmp_path / "in", tmp_path / "out", *STEREO))
     assert "none of the 10 images on /left/image_rect and /right/image_rect can be used: 5 images on" in line
     assert "have no partner within sync_tolerance" in line and "differed by 0.020000 s" in line
@@ -188,18 +188,18 @@ def test_stamps_are_paired_within_the_tolerance(run: Run, stereo_bag: Path, tmp_
     assert late_by == [20_000_000] * 5
 
 
-def test_a_broken_image_costs_its_frame_and_no_other(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
+def test_a_broken_image_drops_only_its_own_frame(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
     def cut(number: int, record: Any) -> Any:
         if record.topic == "/right/image_rect" and number == 1:
             record.message.data = record.message.data[:100]
         return record
 
-    altered(stereo_bag, tmp_path / "in", cut)
+    altered_bag(stereo_bag, tmp_path / "in", cut)
     figures = json.loads(run(tmp_path / "in", tmp_path / "out", *STEREO, "--json")[1])
     assert figures["frames"] == 4 and figures["rejected"] == {"data": 1} and figures["unpaired"] == {}
 
 
-def test_a_calibration_that_does_not_fit_the_pair_is_named(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
+def test_a_calibration_that_does_not_fit_the_pair_is_reported(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
     sides = ("--left", "/right/image_rect", "--right", "/left/image_rect")
     status, out, err = run(stereo_bag, tmp_path / "swapped", *STEREO, *sides, "--json")
     assert status == 0 and "left and right are swapped" in err and err.count("\n") == 1
@@ -209,7 +209,7 @@ def test_a_calibration_that_does_not_fit_the_pair_is_named(run: Run, stereo_bag:
     status, out, err = run(stereo_bag, tmp_path / "images", *STEREO, *sides, *infos, "--json")
     assert status == 0 and "stereo matches agree with the camera_infos: left and right images are swapped" in err
     assert json.loads(out)["camera_info_refused"] == {"stereo matches": 5}
-    altered(stereo_bag, tmp_path / "in", lambda _, record: None if record.topic == "/right/camera_info" else record)
+    altered_bag(stereo_bag, tmp_path / "in", lambda _, record: None if record.topic == "/right/camera_info" else record)
     status, out, err = run(tmp_path / "in", tmp_path / "none", *STEREO, "--json")
     assert status == 0 and json.loads(out)["poses"] == {"NO_CALIBRATION": 4}
     assert "no camera_info beside /right/image_rect, so no relative pose; name one with --right-info" in err
@@ -219,7 +219,7 @@ def test_a_calibration_that_does_not_fit_the_pair_is_named(run: Run, stereo_bag:
     ("lost", "frames_of_odometry"),
     [({2}, {1: "odom", 3: "odom", 4: "odom", 5: "odom"}), ({2, 3}, {1: "odom", 5: "odom_1"})],
 )
-def test_a_lost_frame_breaks_no_chain_and_two_begin_another_odometry_frame(
+def test_one_lost_frame_keeps_the_chain_and_two_start_a_new_odometry_frame(
     run: Run, tmp_path: Path, lost: set[int], frames_of_odometry: dict[int, str]
 ) -> None:
     def without_baseline(number: int, record: Any) -> Any:
@@ -228,7 +228,7 @@ def test_a_lost_frame_breaks_no_chain_and_two_begin_another_odometry_frame(
         return record
 
     write_demo_bag(tmp_path / "whole", num_frames=6, size=(320, 240), baseline=0.5, encoding="mono8")
-    altered(tmp_path / "whole", tmp_path / "in", without_baseline)
+    altered_bag(tmp_path / "whole", tmp_path / "in", without_baseline)
     status, out, err = run(tmp_path / "in", tmp_path / "out", *STEREO, "--max-keypoints", 512, "--publish-odometry",
                            "--poses", tmp_path / "poses.txt")  # fmt: skip
     assert status == 0 and "the baseline is zero" in err
@@ -246,7 +246,7 @@ def test_a_lost_frame_breaks_no_chain_and_two_begin_another_odometry_frame(
     assert len(read_tum(tmp_path / "poses.txt")[0]) == 1 + len(odometry)
 
 
-def bag_of(path: Path, *topics: str) -> Path:
+def bag_with_topics(path: Path, *topics: str) -> Path:
     with BagWriter(path) as bag:
         for topic in topics:
             kind = "sensor_msgs/msg/CameraInfo" if topic.endswith("info") else "sensor_msgs/msg/Image"
@@ -265,24 +265,26 @@ def bag_of(path: Path, *topics: str) -> Path:
         ("/left_arm/left/image_raw", "/left_arm/right/image_raw"),
     ],
 )
-def test_a_pair_is_known_by_its_names(tmp_path: Path, left: str, right: str) -> None:
+def test_a_stereo_pair_is_recognised_by_its_topic_names(tmp_path: Path, left: str, right: str) -> None:
     infos = [f"{topic.rsplit('/', 1)[0]}/camera_info" for topic in (left, right)]
-    bag = bag_of(tmp_path / "in", right, left, "/colour/image", *infos)
+    bag = bag_with_topics(tmp_path / "in", right, left, "/colour/image", *infos)
     found = choose_stereo_cameras(bag)
     assert [camera.image for camera in found] == [left, right]
     assert [camera.camera_info for camera in found] == infos
     assert choose_stereo_cameras(bag, right=right)[0].image == left
 
 
-def test_where_left_and_right_cannot_be_told_the_user_is_asked(run: Run, tmp_path: Path) -> None:
-    bag = bag_of(tmp_path / "in", "/one/image", "/two/image", "/info")
+def test_topics_must_be_given_if_left_and_right_cannot_be_recognised(run: Run, tmp_path: Path) -> None:
+    bag = bag_with_topics(tmp_path / "in", "/one/image", "/two/image", "/info")
     target = tmp_path / "out"
     line = refused(run(bag, target, "--mode", "stereo"))
     assert "no two topics are named like a left and a right camera; name them with --left and --right: /one/" in line
     assert "no two topics" in refused(run(bag, target, "--left", "/one/image"))
     assert "--right /three: there is no such image topic" in refused(run(bag, target, "--right", "/three"))
     assert "are both /one/image" in refused(run(bag, target, "--left", "one/image", "--right", "/one/image"))
-    bag = bag_of(tmp_path / "four", "/left/image_raw", "/right/image_raw", "/left/image_rect", "/right/image_rect")
+    bag = bag_with_topics(
+        tmp_path / "four", "/left/image_raw", "/right/image_raw", "/left/image_rect", "/right/image_rect"
+    )
     assert "2 pairs of topics may be a left and a right camera" in refused(run(bag, target, "--mode", "stereo"))
     assert choose_stereo_cameras(bag, left="/left/image_raw")[1].image == "/right/image_raw"
 

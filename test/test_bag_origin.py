@@ -45,7 +45,7 @@ def custom_data(bag: Path) -> dict[str, str]:
     return dict(information["custom_data"])
 
 
-def test_a_bag_says_what_it_was_made_from_and_by(
+def test_the_metadata_names_the_input_the_parameters_and_the_weights(
     run: Run, image: NDArray[np.uint8], random_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     write_camera_bag(tmp_path / "drive", [image] * 2, [FIRST, FIRST + 10**8], demo_camera(*SIZE))
@@ -66,7 +66,7 @@ def test_a_bag_says_what_it_was_made_from_and_by(
 
 
 @pytest.mark.parametrize("asked", [(), ("--features", "--match-image")])
-def test_a_topic_without_a_message_is_in_the_bag_with_its_type(
+def test_a_topic_without_messages_is_in_the_bag_with_its_type(
     run: Run, image: NDArray[np.uint8], tmp_path: Path, asked: tuple[str, ...]
 ) -> None:
     write_camera_bag(tmp_path / "in", [image], [FIRST], demo_camera(*SIZE))
@@ -79,7 +79,7 @@ def test_a_topic_without_a_message_is_in_the_bag_with_its_type(
         assert all(connection.msgdef.data for connection in reader.connections)
 
 
-def test_a_pause_of_the_recording_or_bursts_do_not_make_the_replay_faster(
+def test_pauses_and_bursts_in_the_recording_do_not_change_the_reported_speed(
     run: Run, image: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     """Ten frames per second: evenly, with a pause of 100 s between the second and the third, and in bursts of three."""
@@ -93,7 +93,7 @@ def test_a_pause_of_the_recording_or_bursts_do_not_make_the_replay_faster(
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-def test_a_bag_that_cannot_be_finished_keeps_no_space(
+def test_a_bag_that_cannot_be_finished_keeps_no_file_open(
     image: NDArray[np.uint8], tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An open file that is deleted still occupies space on a full disk."""

@@ -68,7 +68,7 @@ def read_all(path: Path) -> list[Any]:
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "mono8"])
-def test_images_and_calibration_come_back_bit_for_bit(
+def test_images_and_calibration_are_read_back_bit_for_bit(
     tmp_path: Path,
     images: list[NDArray[np.uint8]],
     camera: Camera,
@@ -96,7 +96,7 @@ def test_images_and_calibration_come_back_bit_for_bit(
         assert np.array_equal(read.matrix, camera.matrix) and np.array_equal(read.distortion, camera.distortion)
 
 
-def test_png_keeps_every_pixel_and_jpeg_nearly(tmp_path: Path, images: list[NDArray[np.uint8]]) -> None:
+def test_png_is_lossless_and_jpeg_is_close(tmp_path: Path, images: list[NDArray[np.uint8]]) -> None:
     smooth = [cv2.GaussianBlur(image, (0, 0), 4) for image in images]
     write_camera_bag(tmp_path / "png", smooth, STAMPS, None, image_topic="/eye/image/compressed", compressed="png")
     write_camera_bag(tmp_path / "jpeg", smooth, STAMPS, None, image_topic="/eye/image/compressed", compressed="jpeg")
@@ -108,7 +108,7 @@ def test_png_keeps_every_pixel_and_jpeg_nearly(tmp_path: Path, images: list[NDAr
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-def test_the_package_s_own_messages_come_back(tmp_path: Path, storage: Literal["mcap", "sqlite3"]) -> None:
+def test_messages_of_this_package_are_read_back_unchanged(tmp_path: Path, storage: Literal["mcap", "sqlite3"]) -> None:
     matches = new_message(
         "kpmatch_ros/msg/MatchArray",
         width=640,
@@ -134,27 +134,27 @@ def test_the_package_s_own_messages_come_back(tmp_path: Path, storage: Literal["
     assert np.array_equal(read["features"].descriptors, [0, 1, 2, 3])
 
 
-def test_the_message_definitions_are_those_that_ros_was_built_with() -> None:
+def test_the_message_fields_equal_those_of_the_ros_messages() -> None:
     messages = pytest.importorskip("kpmatch_ros.msg")
     for name in ("MatchArray", "RelativePose", "FeatureArray"):
         ours = [field for field, _ in typestore().fielddefs[f"kpmatch_ros/msg/{name}"][1]]
         assert ours == list(getattr(messages, name).get_fields_and_field_types())
 
 
-def test_any_rosbag2_reader_reads_what_is_written(bag: Path, images: list[NDArray[np.uint8]]) -> None:
+def test_another_rosbag2_reader_reads_the_bag(bag: Path, images: list[NDArray[np.uint8]]) -> None:
     with AnyReader([bag]) as reader:  # also checks the hashes of the definitions
         connections = [c for c in reader.connections if c.topic == "/camera/image_raw"]
         read = [reader.deserialize(raw, c.msgtype) for c, _, raw in reader.messages(connections)]
     assert [message.data.tobytes() for message in read] == [image.tobytes() for image in images]  # type: ignore[attr-defined]
 
 
-def test_humble_can_play_the_bag(bag: Path) -> None:
+def test_the_metadata_has_the_version_and_qos_text_that_humble_reads(bag: Path) -> None:
     """Humble's reader needs the quality of service in the metadata as text; later versions made it a list."""
     text = (bag / "metadata.yaml").read_text()
     assert "version: 8" in text and "offered_qos_profiles: ''" in text
 
 
-def test_messages_come_in_the_order_of_recording_and_of_the_topics_asked_for(tmp_path: Path, camera: Camera) -> None:
+def test_messages_are_read_in_recording_order_and_only_from_requested_topics(tmp_path: Path, camera: Camera) -> None:
     with BagWriter(tmp_path / "bag") as bag:
         for stamp in reversed(STAMPS):
             for topic in ("/b", "/a"):
@@ -166,14 +166,14 @@ def test_messages_come_in_the_order_of_recording_and_of_the_topics_asked_for(tmp
     assert image_topics(tmp_path / "bag") == []
 
 
-def test_the_right_camera_of_a_pair_has_its_baseline_in_p() -> None:
+def test_the_right_camera_info_has_the_baseline_in_p() -> None:
     camera = demo_camera(distorted=False)
     info = camera_info_message(camera, 0, "right", baseline=0.12)
     assert info.p.reshape(3, 4)[0, 3] == pytest.approx(-0.12 * camera.matrix[0, 0])
     assert np.array_equal(info.p.reshape(3, 4)[:, :3], camera.matrix)
 
 
-def test_a_message_with_a_field_that_its_type_lacks_is_refused() -> None:
+def test_a_message_with_an_unknown_field_is_refused() -> None:
     with pytest.raises(TypeError, match="has no field widht; it has header, height, width"):
         new_message(IMAGE, widht=3)
 
@@ -181,7 +181,7 @@ def test_a_message_with_a_field_that_its_type_lacks_is_refused() -> None:
 # bags of other makers
 
 
-def test_recordings_are_read(recorded_data: Path) -> None:
+def test_real_recordings_are_read(recorded_data: Path) -> None:
     stereo = recorded_data / "euroc_v101_still_stereo"
     assert image_topics(stereo) == [Topic(f"/cam{i}/image_raw", IMAGE, 12) for i in (0, 1)]
     records = read_all(stereo)
@@ -216,7 +216,7 @@ def write_raw(
 
 
 @pytest.mark.parametrize("storage", list(StoragePlugin))
-def test_a_message_that_only_its_bag_defines_is_read(tmp_path: Path, storage: StoragePlugin) -> None:
+def test_a_message_type_defined_only_in_the_bag_is_read(tmp_path: Path, storage: StoragePlugin) -> None:
     write_raw(tmp_path / "bag", {"robot_msgs/msg/Gear": "int32 teeth", "robot_msgs/msg/Wheel": "uint8 spokes"}, storage)
     gear, wheel = read_all(tmp_path / "bag")
     assert (gear.type, gear.message.teeth, wheel.message.spokes) == ("robot_msgs/msg/Gear", 7, 7)
@@ -228,7 +228,7 @@ def test_a_compressed_bag_is_read(tmp_path: Path, compression: CompressionMode) 
     assert [record.message.teeth for record in read_messages(tmp_path / "bag")] == [7]
 
 
-def test_a_file_is_found_that_was_compressed_or_decompressed_since_its_metadata_was_written(tmp_path: Path) -> None:
+def test_a_file_compressed_or_decompressed_after_recording_is_found(tmp_path: Path) -> None:
     for name, compression in (("plain", CompressionMode.NONE), ("packed", CompressionMode.FILE)):
         write_raw(tmp_path / name, {"robot_msgs/msg/Gear": "int32 teeth"}, compression=compression)
     plain, packed = ((tmp_path / name / name).with_suffix(ending) for name, ending in
@@ -243,7 +243,7 @@ def test_a_file_is_found_that_was_compressed_or_decompressed_since_its_metadata_
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_bag_of_humble_without_definitions_is_read_where_the_types_are_known(tmp_path: Path, known: bool) -> None:
+def test_a_humble_bag_without_definitions_is_read_if_the_types_are_known(tmp_path: Path, known: bool) -> None:
     apsw = pytest.importorskip("apsw")
     name = "std_msgs/msg/Int32" if known else "robot_msgs/msg/Gear"
     write_raw(tmp_path / "bag", {name: "int32 data"})
@@ -267,7 +267,7 @@ def test_a_bag_of_humble_without_definitions_is_read_where_the_types_are_known(t
         ("Part part", r"a message on /odd at .* cannot be decoded: 'robot_msgs/msg/Part' is missing"),
     ],
 )
-def test_a_topic_that_cannot_be_decoded_does_not_hinder_the_others(tmp_path: Path, definition: str, said: str) -> None:
+def test_a_topic_that_cannot_be_decoded_does_not_block_the_others(tmp_path: Path, definition: str, said: str) -> None:
     with Writer(tmp_path / "bag", version=8, storage_plugin=StoragePlugin.MCAP) as writer:
         odd = writer.add_connection("/odd", "robot_msgs/msg/Odd", msgdef=definition, rihs01="RIHS01_0")
         writer.write(odd, STAMPS[0], b"\0\1\0\0")
@@ -285,7 +285,7 @@ def test_a_topic_that_cannot_be_decoded_does_not_hinder_the_others(tmp_path: Pat
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 @pytest.mark.parametrize("name", ["run #3/drive#1", "50%41", "a?b", "wide ü", "drive.bag"])
-def test_a_bag_is_written_and_read_whatever_its_name_is(
+def test_a_bag_with_special_characters_in_its_name_is_written_and_read(
     tmp_path: Path, images: list[NDArray[np.uint8]], storage: Literal["mcap", "sqlite3"], name: str
 ) -> None:
     bag = tmp_path / name
@@ -296,7 +296,7 @@ def test_a_bag_is_written_and_read_whatever_its_name_is(
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-def test_a_path_may_begin_with_two_slashes(
+def test_a_bag_path_may_begin_with_two_slashes(
     tmp_path: Path, images: list[NDArray[np.uint8]], storage: Literal["mcap", "sqlite3"]
 ) -> None:
     bag = Path(f"/{tmp_path}/bag")
@@ -305,7 +305,7 @@ def test_a_path_may_begin_with_two_slashes(
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-def test_a_bag_whose_messages_are_not_there_when_it_is_finished_is_said_to(
+def test_finishing_a_bag_whose_storage_file_is_missing_raises_a_bag_error(
     tmp_path: Path, storage: Literal["mcap", "sqlite3"]
 ) -> None:
     writer = BagWriter(tmp_path / "bag", storage)
@@ -315,7 +315,7 @@ def test_a_bag_whose_messages_are_not_there_when_it_is_finished_is_said_to(
         writer.close()
 
 
-def test_what_macos_writes_beside_a_file_is_no_file_of_the_bag(bag: Path) -> None:
+def test_the_files_that_macos_adds_are_ignored(bag: Path) -> None:
     (bag / f"._{storage_file(bag).name}").write_bytes(b"\0\5\x16\7" + bytes(100))
     remarks: list[str] = []
     assert len(list(read_messages(bag, remarks=remarks))) == 8 and not remarks
@@ -328,7 +328,7 @@ def test_a_recording_killed_before_its_metadata_was_written_is_read(bag: Path) -
     assert len(read_all(bag)) == 8
 
 
-def test_what_is_no_bag_is_said_to_be_none(tmp_path: Path, bag: Path) -> None:
+def test_a_path_that_is_not_a_bag_is_refused_with_the_reason(tmp_path: Path, bag: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     (tmp_path / "old.bag").write_bytes(b"#ROSBAG V2.0\n")
@@ -358,7 +358,7 @@ def test_what_is_no_bag_is_said_to_be_none(tmp_path: Path, bag: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-def test_a_bag_without_messages_is_said_to_be_empty(tmp_path: Path, storage: Literal["mcap", "sqlite3"]) -> None:
+def test_a_bag_without_messages_is_reported_as_empty(tmp_path: Path, storage: Literal["mcap", "sqlite3"]) -> None:
     with BagWriter(tmp_path / "bag", storage):
         pass
     for read in (read_all, bag_topics):
@@ -403,7 +403,7 @@ def test_damaged_bytes_give_a_bag_error_or_readable_messages(
         assert str(tmp_path / "bag") in str(error)
 
 
-def test_a_topic_that_the_bag_lacks_is_named_with_those_it_has(bag: Path) -> None:
+def test_a_missing_topic_is_reported_with_the_topics_of_the_bag(bag: Path) -> None:
     with pytest.raises(BagError, match=r"has no topic /left; it has /camera/camera_info, /camera/image_raw"):
         list(read_messages(bag, ["/left"]))
 
@@ -411,7 +411,7 @@ def test_a_topic_that_the_bag_lacks_is_named_with_those_it_has(bag: Path) -> Non
 # writing
 
 
-def test_an_existing_folder_is_replaced_only_on_demand_and_only_if_it_is_a_bag(
+def test_an_existing_folder_is_replaced_only_on_request_and_only_if_it_is_a_bag(
     tmp_path: Path, bag: Path, images: list[NDArray[np.uint8]]
 ) -> None:
     with pytest.raises(BagError, match="exists already"):
@@ -427,7 +427,7 @@ def test_an_existing_folder_is_replaced_only_on_demand_and_only_if_it_is_a_bag(
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "other_0.mcap", "photos/cat.jpg"])
-def test_what_is_not_the_bags_is_never_removed_with_it(
+def test_a_bag_folder_with_foreign_files_is_not_replaced(
     tmp_path: Path, bag: Path, images: list[NDArray[np.uint8]], name: str
 ) -> None:
     (bag / name).parent.mkdir(exist_ok=True)
@@ -437,7 +437,7 @@ def test_what_is_not_the_bags_is_never_removed_with_it(
     assert (bag / name).read_text() == "mine" and len(read_all(bag)) == 8
 
 
-def test_a_folder_of_whose_kind_its_metadata_says_nothing_and_a_link_to_a_bag_are_not_replaced(
+def test_a_folder_with_foreign_metadata_and_a_link_to_a_bag_are_not_replaced(
     tmp_path: Path, bag: Path, images: list[NDArray[np.uint8]]
 ) -> None:
     (tmp_path / "other").mkdir()
@@ -449,7 +449,7 @@ def test_a_folder_of_whose_kind_its_metadata_says_nothing_and_a_link_to_a_bag_ar
     assert (tmp_path / "other" / "metadata.yaml").read_text() == "title: mine\n" and len(read_all(bag)) == 8
 
 
-def test_a_bag_whose_writing_fails_leaves_nothing_behind(tmp_path: Path, images: list[NDArray[np.uint8]]) -> None:
+def test_a_bag_whose_writing_fails_is_removed(tmp_path: Path, images: list[NDArray[np.uint8]]) -> None:
     with pytest.raises(KeyboardInterrupt), BagWriter(tmp_path / "bag") as bag:
         bag.write("/image", image_message(images[0], STAMPS[0], "eye"), STAMPS[0])
         raise KeyboardInterrupt
@@ -462,7 +462,7 @@ def test_a_bag_whose_writing_fails_leaves_nothing_behind(tmp_path: Path, images:
 # the demo bag
 
 
-def test_the_demo_bag_holds_pictures_calibration_and_truth_and_is_the_same_every_time(tmp_path: Path) -> None:
+def test_the_demo_bag_has_images_calibration_and_ground_truth_and_is_reproducible(tmp_path: Path) -> None:
     poses = write_demo_bag(tmp_path / "bag", num_frames=3, size=(160, 120))
     assert bag_topics(tmp_path / "bag") == [
         Topic("/camera/camera_info", INFO, 3),
@@ -495,6 +495,6 @@ def test_the_stereo_demo_bag_holds_two_rectified_cameras(tmp_path: Path) -> None
     assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 3 * np.abs(pictures[0].astype(int) - later).mean()
 
 
-def test_the_truth_must_be_poses(bag: Path) -> None:
+def test_a_ground_truth_topic_of_another_type_is_refused(bag: Path) -> None:
     with pytest.raises(BagError, match="/camera/camera_info has the type sensor_msgs/msg/CameraInfo instead"):
         read_ground_truth(bag, "/camera/camera_info")

@@ -57,7 +57,7 @@ def random_pose(random: np.random.Generator) -> Pose:
 # The tree of frames
 
 
-def test_a_frame_is_found_over_any_branch_of_the_tree() -> None:
+def test_a_transform_is_found_across_the_branches_of_the_tree() -> None:
     random = np.random.default_rng(0)
     in_base = {name: random_pose(random) for name in ("mast", "left", "right", "lidar")}
     in_mast = {
@@ -83,7 +83,7 @@ def test_a_frame_is_found_over_any_branch_of_the_tree() -> None:
     assert tree.pose("left", "odom") is None and tree.pose("wheel", "base_link") is None
 
 
-def test_circles_end_and_what_is_no_transform_is_passed_over() -> None:
+def test_cycles_end_and_invalid_transforms_are_ignored() -> None:
     tree = StaticTransforms()
     broken = transform("base_link", "camera", MOUNT)
     broken.transform.rotation.w = broken.transform.rotation.x = 0.0
@@ -100,7 +100,7 @@ def test_circles_end_and_what_is_no_transform_is_passed_over() -> None:
     assert tree.pose("a", "nowhere") is None and tree.pose("a", "b") is not None
 
 
-def test_tf_gets_no_second_parent_and_no_circle() -> None:
+def test_a_second_parent_or_a_cycle_in_tf_is_detected() -> None:
     tree = StaticTransforms()
     links = [transform(*names, MOUNT) for names in (("map", "odom"), ("odom", "base_link"), ("base_link", "camera"))]
     tree.update(SimpleNamespace(transforms=links))
@@ -115,7 +115,7 @@ def test_tf_gets_no_second_parent_and_no_circle() -> None:
 # From the camera's pose to the base's
 
 
-def test_the_odometry_frame_begins_where_the_base_is() -> None:
+def test_the_odometry_frame_begins_at_the_base() -> None:
     """The base drives 0.5 m forward and turns left, twice. The camera is mounted on it."""
     forward = Pose(Rotation.from_euler("z", 0.2).as_matrix(), np.array([0.5, 0.0, 0.0]))
     # The camera's step, from its next frame to the current one, through the base's frames.
@@ -139,7 +139,7 @@ def test_the_odometry_frame_begins_where_the_base_is() -> None:
         np.testing.assert_allclose(each.twist.velocity[:3], forward.rotation.T @ [5.0, 0, 0], atol=1e-9)
 
 
-def test_the_covariance_and_the_twists_are_those_of_the_base() -> None:
+def test_covariance_and_twist_are_transformed_to_the_base() -> None:
     random = np.random.default_rng(1)
     factor, twist_factor = random.normal(size=(2, 6, 6)) * 1e-4
     camera = random_pose(random)
@@ -191,7 +191,7 @@ def robot_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STEREO = (*QUICK, "--mode", "stereo", "--rectified", "--publish-odometry")
 
 
-def test_the_bag_command_takes_the_place_from_the_bag(kpmatch: Any, robot_bag: Path, tmp_path: Path) -> None:
+def test_the_bag_command_takes_the_camera_transform_from_the_bag(kpmatch: Any, robot_bag: Path, tmp_path: Path) -> None:
     def odometry(name: str, *words: str) -> tuple[list[Any], list[Any]]:
         status, _, err = kpmatch("bag", str(robot_bag), str(tmp_path / name), *STEREO, *words)
         assert status == 0, err
@@ -199,7 +199,7 @@ def test_the_bag_command_takes_the_place_from_the_bag(kpmatch: Any, robot_bag: P
         return [record.message for record in found["/odometry"]], found.get("/tf", [])
 
     (camera, *_), transforms = odometry("camera")
-    assert camera.child_frame_id == "left_optical_frame" and not transforms, "it has a parent by the bag"
+    assert camera.child_frame_id == "left_optical_frame" and not transforms, "the bag already gives it a parent"
     (base, *_), (first, *_) = odometry("base", "--base-frame", "base_link", "--odom-frame", "map")
     assert (base.header.frame_id, base.child_frame_id) == ("map", "base_link")
     assert first.message.transforms[0].child_frame_id == "base_link"
@@ -210,7 +210,7 @@ def test_the_bag_command_takes_the_place_from_the_bag(kpmatch: Any, robot_bag: P
     assert odometry("quiet", "--base-frame", "base_link", "--no-publish-tf")[1] == []
 
 
-def test_a_base_that_tf_static_does_not_know_is_named(kpmatch: Any, robot_bag: Path, tmp_path: Path) -> None:
+def test_a_base_frame_missing_in_tf_static_is_reported(kpmatch: Any, robot_bag: Path, tmp_path: Path) -> None:
     status, out, err = kpmatch("bag", str(robot_bag), str(tmp_path / "out"), *STEREO, "--base-frame", "base_footprint")
     assert status == 0
     assert "base_frame 1" in out and "/tf_static does not connect base_frame base_footprint" in err
@@ -219,7 +219,7 @@ def test_a_base_that_tf_static_does_not_know_is_named(kpmatch: Any, robot_bag: P
 
 
 @pytest.mark.parametrize("frame", ["", "left_optical_frame", "/left_optical_frame"])
-def test_a_frame_that_cannot_be_placed_is_named_and_stays_out_of_tf(
+def test_a_frame_without_a_valid_name_is_reported_and_not_published_to_tf(
     kpmatch: Any, robot_bag: Path, tmp_path: Path, frame: str
 ) -> None:
     """The images have no frame_id, or the odometry frame's name."""
@@ -237,7 +237,7 @@ def test_a_frame_that_cannot_be_placed_is_named_and_stays_out_of_tf(
     assert not found.get("/tf")
 
 
-def test_a_frame_that_has_a_parent_in_tf_is_named_and_gets_no_second_one(
+def test_a_frame_with_a_parent_in_tf_is_reported_and_gets_no_second_parent(
     kpmatch: Any, robot_bag: Path, tmp_path: Path
 ) -> None:
     """A driver connects the camera's optical frame to its body, and base_link is a child of base_footprint."""
@@ -262,7 +262,7 @@ def test_a_frame_that_has_a_parent_in_tf_is_named_and_gets_no_second_one(
 # In the node
 
 
-def test_no_chain_of_poses_begins_and_breaks_before_the_place_is_known(robot_bag: Path) -> None:
+def test_no_odometry_chain_starts_before_the_camera_transform_is_known(robot_bag: Path) -> None:
     parameters = Parameters(
         mode="stereo", rectified=True, publish_odometry=True, base_frame="base_link",
         device="cpu", precision="float32", matcher="nearest", max_keypoints=256,
@@ -291,7 +291,7 @@ def test_no_chain_of_poses_begins_and_breaks_before_the_place_is_known(robot_bag
     assert play() == ["odom"] and play() == ["odom_1"]
 
 
-def test_the_node_takes_the_place_from_tf_static(
+def test_the_node_takes_the_camera_transform_from_tf_static(
     tf2_environment: dict[str, str], robot_bag: Path, tmp_path: Path
 ) -> None:
     robot = Path(__file__).with_name("base_frame_robot.py")
@@ -311,7 +311,7 @@ def test_the_node_takes_the_place_from_tf_static(
 
 
 @pytest.mark.skipif(find_spec("tf2_msgs") is not None, reason="this ROS has tf2_msgs")
-def test_without_tf2_msgs_the_node_says_once_that_tf_is_not_published(tmp_path: Path) -> None:
+def test_without_tf2_msgs_the_node_warns_once_that_tf_is_not_published(tmp_path: Path) -> None:
     with running_node(tmp_path, profile="fast", mode="stereo", publish_odometry=True, matcher="nearest") as node:
         node.wait_for(lambda: node.node.count_publishers("odometry"), "the topic")
         assert node.stop() == 0

@@ -39,7 +39,7 @@ def folder(random_folder: Callable[..., Path]) -> Path:
     return random_folder()
 
 
-def test_every_stage_of_every_setting_is_in_the_table_and_in_the_file(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_the_table_and_the_file_have_each_stage_of_each_setting(run: Run, folder: Path, tmp_path: Path) -> None:
     file, plot = tmp_path / "speed.json", tmp_path / "speed.svg"
     words = ["--extractor", folder, "--matcher", folder, "--sizes", "96x80,64x64", "--keypoints", "20,40"]
     words += ["--repeats", "2", "--device", "cpu", "--precision", "float32,bfloat16", "--json", file]
@@ -70,9 +70,7 @@ def test_every_stage_of_every_setting_is_in_the_table_and_in_the_file(run: Run, 
         assert "keypoints per image" in plot.read_text()
 
 
-def test_images_without_a_keypoint_have_their_place_in_the_plot(
-    run: Run, folder: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_images_without_keypoints_can_be_plotted(run: Run, folder: Path, pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     words = ["--extractor", folder, "--matcher", folder, "--images", pictures, "--keypoint-threshold", "1"]
     with warnings.catch_warnings():
@@ -81,7 +79,7 @@ def test_images_without_a_keypoint_have_their_place_in_the_plot(
     assert (status, err) == (0, "") and "keypoints per image" in (tmp_path / "speed.svg").read_text()
 
 
-def test_a_profile_chooses_what_is_measured_and_what_is_set_by_hand_wins(
+def test_a_profile_sets_the_parameters_and_explicit_options_override_it(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests: list[Request] = []
@@ -96,7 +94,7 @@ def test_a_profile_chooses_what_is_measured_and_what_is_set_by_hand_wins(
     assert requests[3].parameters == Parameters.given({"profile": "fast", "matcher": "nearest"})
 
 
-def test_publishing_is_measured_where_the_messages_are_built(
+def test_publishing_is_measured_if_the_messages_are_built(
     run: Run, folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("kpmatch_ros.msg")
@@ -105,7 +103,7 @@ def test_publishing_is_measured_where_the_messages_are_built(
     assert json.loads(file.read_text())["rows"][0]["stages"]["publish"]["median"] > 0
 
 
-def test_a_middleware_that_is_not_there_leaves_only_publishing_out(
+def test_a_missing_middleware_skips_only_the_publishing_stage(
     run: Run, folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("rclpy")
@@ -136,7 +134,7 @@ def test_transformers_finds_the_same_matches_with_the_same_weights(
     assert "ratio of their time to ours" in out
 
 
-def test_the_authors_package_is_given_the_weights_under_its_names(
+def test_the_authors_package_gets_the_weights_with_its_own_tensor_names(
     run: Run, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The package is not on a registry, so a substitute with the same interface uses the networks of this package."""
@@ -210,7 +208,7 @@ def test_weights_that_the_authors_package_cannot_hold_are_refused(
     assert err == f"kpmatch bench: --against lightglue: {reason}\n"
 
 
-def test_xfeat_is_run_as_its_authors_have_it(
+def test_xfeat_is_run_with_its_authors_interface(
     run: Run, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wheel is not installed for the tests, so a package with the same interface replaces it."""
@@ -250,7 +248,7 @@ def test_xfeat_is_run_as_its_authors_have_it(
     )
 
 
-def test_the_file_and_the_table_say_which_networks_and_parameters_were_measured(
+def test_the_file_and_the_table_name_the_networks_and_the_parameters(
     run: Run, folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     words = ["--extractor", folder, "--matcher", "nearest", "--images", pictures, *SMALL]
@@ -271,7 +269,7 @@ def test_the_file_and_the_table_say_which_networks_and_parameters_were_measured(
     assert "refine" not in out
 
 
-def test_beside_others_it_is_said_that_tracks_were_not_refined(
+def test_a_comparison_runs_without_refinement_and_the_output_states_it(
     run: Run, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Peer:
@@ -296,7 +294,7 @@ def test_beside_others_it_is_said_that_tracks_were_not_refined(
     assert row["parameters"]["refine"] is False
 
 
-def test_threads_are_those_of_the_option(run: Run, folder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_number_of_threads_is_that_of_the_option(run: Run, folder: Path, pictures: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         words = ["--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL]
@@ -306,7 +304,7 @@ def test_threads_are_those_of_the_option(run: Run, folder: Path, pictures: Path,
         torch.set_num_threads(before)
 
 
-def test_a_precision_that_a_device_lacks_is_left_out_of_several(
+def test_a_precision_that_the_device_lacks_is_skipped_if_others_remain(
     run: Run, folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     words = ["--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL[:-1], "float32,float16"]
@@ -342,7 +340,7 @@ def test_a_precision_that_a_device_lacks_is_left_out_of_several(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_measured_is_refused_in_one_line(
+def test_invalid_arguments_are_refused_in_one_line(
     run: Run, words: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "--plot" in words:
@@ -364,7 +362,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
         (["--against", "opencv"], "onnxruntime", "pip install 'opencv-python-headless>=5' onnx onnxruntime"),
     ],
 )
-def test_a_package_that_is_not_there_is_named_with_what_to_do(
+def test_a_missing_package_is_named_with_a_remedy(
     run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], module: str, reason: str
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
@@ -375,18 +373,18 @@ def test_a_package_that_is_not_there_is_named_with_what_to_do(
     assert reason in err and err.count("\n") == 1
 
 
-def test_one_peer_goes_first_as_often_as_the_other() -> None:
+def test_each_peer_is_measured_first_equally_often() -> None:
     first = [alternated(["ours", "theirs"], [1, 2], turn)[0] for turn in range(4)]
     assert first == [("ours", 1), ("theirs", 2)] * 2
 
 
-def test_the_spread_is_of_the_middle_half() -> None:
+def test_the_spread_is_the_interquartile_range() -> None:
     spread = Spread.of([5.0, 1.0, 3.0, 2.0, 4.0])
     assert (spread.lower, spread.median, spread.upper) == (2, 3, 4)
     assert Spread.of([7.0]) == Spread(7, 7, 7)
 
 
-def test_frames_go_back_and_forth_without_a_jump() -> None:
+def test_frames_are_played_forwards_and_backwards_without_a_jump() -> None:
     film = [np.full((1, 1), i, np.uint8) for i in range(3)]
     images = back_and_forth(film)
     assert [int(next(images)[0, 0]) for _ in range(8)] == [0, 1, 2, 1, 0, 1, 2, 1]

@@ -33,7 +33,7 @@ def folder(random_folder: Callable[..., Path]) -> Path:
     return random_folder()
 
 
-def test_images_come_from_a_bag(run: Run, folder: Path, texture: Any, tmp_path: Path) -> None:
+def test_images_are_read_from_a_bag(run: Run, folder: Path, texture: Any, tmp_path: Path) -> None:
     images = [texture(80, 96, seed) for seed in range(2)]
     for topic in ("/front/image_raw", "/rear/image_raw"):
         write_camera_bag(tmp_path / topic.split("/")[1], images, [0, 10**8], None, image_topic=topic, encoding="mono8")
@@ -45,7 +45,7 @@ def test_images_come_from_a_bag(run: Run, folder: Path, texture: Any, tmp_path: 
     assert status == 2 and "there is no such image topic with messages in it; there is /front/image_raw" in err
 
 
-def test_a_pose_is_that_of_the_cameras_calibration_where_it_is_known(
+def test_the_calibration_is_used_if_it_is_known_and_made_up_otherwise(
     run: Run, folder: Path, pictures: Path, texture: Any, tmp_path: Path
 ) -> None:
     words = ["--extractor", folder, "--matcher", folder, *SMALL, "--json", tmp_path / "speed.json"]
@@ -64,7 +64,7 @@ def test_a_pose_is_that_of_the_cameras_calibration_where_it_is_known(
     assert not calibrated("--bag", tmp_path / "without") and not calibrated("--images", pictures)
 
 
-def test_a_smaller_film_has_the_calibration_of_a_smaller_camera() -> None:
+def test_a_resized_film_has_a_resized_calibration() -> None:
     camera = demo_camera(640, 480)
     images = [np.zeros((480, 640), np.uint8)]
     assert Film(images, camera).resized((640, 480)).camera is camera
@@ -76,7 +76,7 @@ def test_a_smaller_film_has_the_calibration_of_a_smaller_camera() -> None:
     assert Film(images, None).resized((320, 120)).camera is None
 
 
-def test_every_image_is_brought_to_the_size_asked_for_or_else_to_that_of_the_first(
+def test_images_are_resized_to_the_requested_size_or_to_that_of_the_first_image(
     run: Run, folder: Path, texture: Any, tmp_path: Path
 ) -> None:
     large = np.asarray(cv2.resize(texture(96, 80, 5), (4000, 3000)))  # too large for the networks
@@ -94,12 +94,12 @@ def test_every_image_is_brought_to_the_size_asked_for_or_else_to_that_of_the_fir
         "--json",
         tmp_path / "speed.json",
     ]
-    for sizes, told in (
+    for sizes, expected_err in (
         ([], "kpmatch bench: 2 of 3 images were resized to 96x80 pixels\n"),
         (["--sizes", "96x80"], ""),
     ):
         status, _, err = run(*words, *sizes)
-        assert (status, err) == (0, told)
+        assert (status, err) == (0, expected_err)
         (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
         assert (row["width"], row["height"]) == (96, 80)
     images = [texture(80, 96, 5), texture(96, 80, 5), texture(40, 48, 5)]
@@ -123,7 +123,7 @@ def test_a_calibration_of_another_size_than_the_images_is_not_used(
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 @pytest.mark.parametrize("links", ["none", "symbolic", "hard"])
-def test_what_is_measured_is_never_overwritten(
+def test_input_files_are_never_overwritten(
     run: Run, folder: Path, texture: Any, tmp_path: Path, option: str, links: str
 ) -> None:
     if option == "--plot":
@@ -152,7 +152,7 @@ def test_what_is_measured_is_never_overwritten(
             place.unlink()
 
 
-def test_a_file_is_refused_before_ros_is_asked(
+def test_invalid_paths_are_refused_before_ros_is_queried(
     run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -163,7 +163,7 @@ def test_a_file_is_refused_before_ros_is_asked(
     assert not asked
 
 
-def test_one_file_cannot_hold_the_figures_and_their_drawing(run: Run, pictures: Path, tmp_path: Path) -> None:
+def test_json_and_plot_cannot_be_the_same_file(run: Run, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "link.svg").symlink_to("a.svg")
     words = ["--images", pictures, *SMALL, "--json", tmp_path / "a.svg", "--plot", tmp_path / "link.svg"]
     status, out, err = run(*words)
@@ -171,7 +171,7 @@ def test_one_file_cannot_hold_the_figures_and_their_drawing(run: Run, pictures: 
     assert f"--plot {tmp_path / 'link.svg'}: is also written by --json" in err
 
 
-def test_a_new_file_beside_the_weights_and_the_pictures_is_written_and_written_again(
+def test_an_output_beside_the_weights_and_images_is_written_and_overwritten(
     run: Run, folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     for name in (*pictures.iterdir(), *folder.iterdir()):

@@ -24,7 +24,7 @@ ALL_LAYERS = {"device": "cpu", "precision": "float32", "depth_confidence": -1.0,
 
 
 @pytest.fixture(autouse=True, scope="module")
-def made_with() -> Any:
+def required_packages() -> Any:
     for name in ("onnx", "onnxruntime"):
         pytest.importorskip(name)
     threads = cv2.getNumThreads()
@@ -44,13 +44,13 @@ def positions(points0: Any, points1: Any, indices: Any) -> np.ndarray:
     return np.hstack([np.asarray(points0)[indices[:, 0]], np.asarray(points1)[indices[:, 1]]])
 
 
-def shared(some: np.ndarray, others: np.ndarray) -> float:
+def fraction_in_both(some: np.ndarray, others: np.ndarray) -> float:
     """Return the fraction of all rows that are in both arrays, within 0.05 pixels."""
     both = int((np.abs(some[:, None] - others).max(axis=2).min(axis=1) < 0.05).sum())
     return both / (len(some) + len(others) - both)
 
 
-def test_the_matches_are_those_of_this_package(views: list[np.ndarray]) -> None:
+def test_opencv_finds_the_same_matches_as_this_package(views: list[np.ndarray]) -> None:
     matcher = FeatureMatcher(max_keypoints=150, **ALL_LAYERS)
     peer = OpenCV(matcher, torch.float32)
     ours = [matcher.extract(view).numpy() for view in views]
@@ -60,7 +60,7 @@ def test_the_matches_are_those_of_this_package(views: list[np.ndarray]) -> None:
         expected = positions(ours[i].keypoints, ours[j].keypoints, found.indices)
         assert len(expected) > 30
         got = positions(theirs[i].points, theirs[j].points, peer.pairs(theirs[i], theirs[j]))
-        assert shared(expected, got) >= 0.98
+        assert fraction_in_both(expected, got) >= 0.98
     assert peer.match(theirs[0], views[1]) == len(peer.pairs(theirs[0], theirs[1]))
     # A changed number of keypoints, for images of another size and for one without keypoints.
     matcher.configure(matcher.parameters.replace({"max_keypoints": 30}))
@@ -70,7 +70,7 @@ def test_the_matches_are_those_of_this_package(views: list[np.ndarray]) -> None:
     assert peer.match(theirs[0], np.zeros((64, 64), np.uint8)) == 0
 
 
-def test_aliked_finds_the_same_keypoints_in_colour(random_folder: Callable[..., Path], texture: Any) -> None:
+def test_aliked_in_opencv_finds_the_same_keypoints_in_colour(random_folder: Callable[..., Path], texture: Any) -> None:
     matcher = random_folder(superpoint={"descriptor_decoder_dim": 128})
     try:
         ours = FeatureMatcher(extractor="aliked-n16", matcher=str(matcher), max_keypoints=60, **ALL_LAYERS)
@@ -83,7 +83,7 @@ def test_aliked_finds_the_same_keypoints_in_colour(random_folder: Callable[..., 
     np.testing.assert_allclose(found.descriptors, expected.descriptors, atol=1e-3)
 
 
-def test_the_table_compares_them_with_and_without_features_kept(
+def test_the_table_compares_opencv_with_and_without_cached_features(
     kpmatch: Run, random_folder: Callable[..., Path], views: list[np.ndarray], tmp_path: Path
 ) -> None:
     for i, view in enumerate(views):

@@ -36,7 +36,7 @@ def scene(texture: Texture) -> Image:
     return texture(SIZE + 40, SIZE + 40, 5)
 
 
-def seen(scene: Image, shift: int, kernel: NDArray[np.float32] | None = None, seed: int = 0) -> Image:
+def view_of(scene: Image, shift: int, kernel: NDArray[np.float32] | None = None, seed: int = 0) -> Image:
     """Return the scene, moved to the left by the shift, with blur and then noise."""
     image: NDArray[Any] = scene.astype(np.float32)
     if kernel is not None:
@@ -51,13 +51,13 @@ def corners(image: Image) -> NDArray[np.float32]:
     return found[:, 0] + np.float32(30)
 
 
-def misplaced(found: Alignment, points: NDArray[np.float32]) -> float:
+def median_error(found: Alignment, points: NDArray[np.float32]) -> float:
     """Return the median error of the patches that are found, pixels."""
     assert found.good.mean() > 0.85
     return float(np.median(np.linalg.norm(found.points - points + (SHIFT, 0), axis=1)[found.good]))
 
 
-def start(points: NDArray[np.float32]) -> NDArray[np.float32]:
+def inaccurate_start(points: NDArray[np.float32]) -> NDArray[np.float32]:
     away = np.random.default_rng(0).normal(0, 0.5, points.shape)
     return (points - (SHIFT, 0) + away).astype(np.float32)
 
@@ -68,14 +68,14 @@ def start(points: NDArray[np.float32]) -> NDArray[np.float32]:
     ids=["along rows", "aslant", "wide", "out of focus"],
 )
 @pytest.mark.parametrize("blurred", [0, 1], ids=["the first is blurred", "the second is blurred"])
-def test_the_sharp_image_of_two_is_blurred_as_the_other_one(
+def test_the_sharper_of_two_images_is_blurred_like_the_other(
     scene: Image, kernel: NDArray[np.float32], blurred: int
 ) -> None:
     kernels = [kernel if side == blurred else None for side in (0, 1)]
-    pictures = [seen(scene, SHIFT * side, each, side) for side, each in enumerate(kernels)]
+    pictures = [view_of(scene, SHIFT * side, each, side) for side, each in enumerate(kernels)]
     images = [signed(each) for each in pictures]
-    points = corners(seen(scene, 0))
-    near = start(points)
+    points = corners(view_of(scene, 0))
+    near = inaccurate_start(points)
     equalised = equalise_blur(*pictures, points, near)
     assert equalised is not None and equalised.smeared is None
     assert np.array_equal(equalised.images[blurred], images[blurred])
@@ -84,29 +84,31 @@ def test_the_sharp_image_of_two_is_blurred_as_the_other_one(
         align(cut(first, points), second, near, no_change(len(points)), 1)
         for first, second in (equalised.images, images)
     )
-    assert misplaced(with_blur, points) < 0.2
+    assert median_error(with_blur, points) < 0.2
     assert with_blur.correlation.mean() > without.correlation.mean() + 0.02
 
 
-def test_images_that_are_blurred_in_directions_of_their_own_are_both_blurred(scene: Image) -> None:
-    images = seen(scene, 0, ALONG_ROWS, 0), seen(scene, SHIFT, line_kernel(9, np.pi / 2), 1)
-    points = corners(seen(scene, 0))
-    equalised = equalise_blur(images[0], images[1], points, start(points))
+def test_images_blurred_in_different_directions_are_both_blurred_further(scene: Image) -> None:
+    images = view_of(scene, 0, ALONG_ROWS, 0), view_of(scene, SHIFT, line_kernel(9, np.pi / 2), 1)
+    points = corners(view_of(scene, 0))
+    equalised = equalise_blur(images[0], images[1], points, inaccurate_start(points))
     assert equalised is not None
-    found = align(cut(equalised.images[0], points), equalised.images[1], start(points), no_change(len(points)), 1)
-    assert misplaced(found, points) < 0.2
+    found = align(
+        cut(equalised.images[0], points), equalised.images[1], inaccurate_start(points), no_change(len(points)), 1
+    )
+    assert median_error(found, points) < 0.2
 
 
 @pytest.mark.parametrize("kernel", [None, ALONG_ROWS], ids=["sharp", "blurred"])
-def test_images_as_sharp_as_each_other_are_left_as_they_are(scene: Image, kernel: NDArray[np.float32] | None) -> None:
-    images = [seen(scene, SHIFT * side, kernel, side) for side in (0, 1)]
-    points = corners(seen(scene, 0))
-    assert equalise_blur(images[0], images[1], points, start(points)) is None
+def test_two_equally_sharp_images_are_not_changed(scene: Image, kernel: NDArray[np.float32] | None) -> None:
+    images = [view_of(scene, SHIFT * side, kernel, side) for side in (0, 1)]
+    points = corners(view_of(scene, 0))
+    assert equalise_blur(images[0], images[1], points, inaccurate_start(points)) is None
 
 
-def test_too_few_points_or_none_inside_tell_nothing_of_blur(scene: Image) -> None:
-    images = seen(scene, 0), seen(scene, 0, ALONG_ROWS)
-    points = corners(seen(scene, 0))
+def test_no_blur_is_estimated_from_too_few_points_or_flat_images(scene: Image) -> None:
+    images = view_of(scene, 0), view_of(scene, 0, ALONG_ROWS)
+    points = corners(view_of(scene, 0))
     outside = np.full_like(points, np.nan)
     for few in (points[:0], points[:5], points - SIZE, outside):
         assert equalise_blur(images[0], images[1], few, few) is None
@@ -116,33 +118,31 @@ def test_too_few_points_or_none_inside_tell_nothing_of_blur(scene: Image) -> Non
 
 
 @pytest.mark.parametrize("angle", [0.0, 1.0, 2.2])
-def test_an_image_that_is_blurred_over_many_pixels_is_smeared(scene: Image, angle: float) -> None:
-    sharp = gradient_energy(seen(scene, 0))
+def test_an_image_blurred_over_many_pixels_counts_as_smeared(scene: Image, angle: float) -> None:
+    sharp = gradient_energy(view_of(scene, 0))
     for length, smeared in ((1, None), (9, None), (15, None), (33, 1), (41, 1), (61, 1)):
-        energy = gradient_energy(seen(scene, SHIFT, line_kernel(length, angle), 1))
+        energy = gradient_energy(view_of(scene, SHIFT, line_kernel(length, angle), 1))
         assert smeared_image(sharp, energy) == smeared
         assert smeared_image(energy, sharp) == (None if smeared is None else 0)
         assert smeared_image(energy, energy) is None
 
 
-def test_an_image_that_is_out_of_focus_flat_or_shows_another_place_is_not_smeared(
-    scene: Image, texture: Texture
-) -> None:
-    sharp = gradient_energy(seen(scene, 0))
+def test_a_defocused_flat_or_unrelated_image_does_not_count_as_smeared(scene: Image, texture: Texture) -> None:
+    sharp = gradient_energy(view_of(scene, 0))
     others = [
-        seen(scene, 0, focus_kernel(6.0)),
+        view_of(scene, 0, focus_kernel(6.0)),
         np.full((SIZE, SIZE), 128, np.uint8),
         normalize_contrast(texture(SIZE, SIZE, 9)),
-        cv2.resize(seen(scene, 0)[60:200, 60:200], (SIZE, SIZE), interpolation=cv2.INTER_CUBIC),
+        cv2.resize(view_of(scene, 0)[60:200, 60:200], (SIZE, SIZE), interpolation=cv2.INTER_CUBIC),
     ]
     for other in others:
         energy = gradient_energy(other)
         assert smeared_image(sharp, energy) is None and smeared_image(energy, sharp) is None
 
 
-def test_a_blank_or_dark_image_is_not_smeared_whatever_the_direction_of_the_scenes_gradients(scene: Image) -> None:
+def test_a_blank_or_dark_image_does_not_count_as_smeared(scene: Image) -> None:
     """Contrast is normalised, so the noise becomes as strong as a scene."""
-    tall = gradient_energy(cv2.resize(seen(scene, 0), (SIZE, 3 * SIZE), interpolation=cv2.INTER_CUBIC))
+    tall = gradient_energy(cv2.resize(view_of(scene, 0), (SIZE, 3 * SIZE), interpolation=cv2.INTER_CUBIC))
     random = np.random.default_rng(0)
     covered = [np.zeros((SIZE, SIZE)), np.full((SIZE, SIZE), 128.0)]
     covered += [random.poisson(mean, (SIZE, SIZE)) for mean in (0.2, 1, 3)]
@@ -154,7 +154,7 @@ def test_a_blank_or_dark_image_is_not_smeared_whatever_the_direction_of_the_scen
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2)])
-def test_the_smallest_images_are_not_smeared(size: tuple[int, int]) -> None:
+def test_the_smallest_images_do_not_count_as_smeared(size: tuple[int, int]) -> None:
     energies = [gradient_energy(np.full(size, grey, np.uint8)) for grey in (3, 200)]
     assert all(energy.shape == (2, 2) for energy in energies) and smeared_image(*energies) is None
 
@@ -171,7 +171,7 @@ A, S = 1, 61  # blur of a frame, pixels
         ((S, A, A), "SO", (0, 1)),  # a smeared reference is replaced at once
     ],
 )
-def test_smeared_frames_have_no_pose_and_sharp_ones_are_matched_with_sharp_ones(
+def test_smeared_frames_get_no_pose_and_are_replaced_as_reference(
     blurs: tuple[int, ...], statuses: str, references: tuple[int, ...], refine: bool
 ) -> None:
     """S means TOO_FEW_MATCHES, because one of the two images is smeared; O means OK."""
@@ -195,7 +195,7 @@ def test_smeared_frames_have_no_pose_and_sharp_ones_are_matched_with_sharp_ones(
     assert (found, tuple(used)) == (statuses, references)
 
 
-def test_a_smeared_frame_is_passed_over_without_calibration_too() -> None:
+def test_a_smeared_frame_is_not_used_as_reference_even_without_calibration() -> None:
     front_end = FrontEnd(Parameters(device="cpu", profile="fast"))
     statuses, used = [], []
     for number, frame in enumerate(demo_frames(3)):
@@ -208,7 +208,7 @@ def test_a_smeared_frame_is_passed_over_without_calibration_too() -> None:
     assert statuses == 2 * [PoseStatus.NO_CALIBRATION] and used == [0, 0]
 
 
-def test_a_smeared_image_is_named_with_what_to_do(kpmatch: Any, tmp_path: Path) -> None:
+def test_a_smeared_image_is_reported_with_a_remedy(kpmatch: Any, tmp_path: Path) -> None:
     write_demo_bag(tmp_path / "sharp", num_frames=3, size=(320, 240), encoding="mono8")
     images = 0
     with BagWriter(tmp_path / "in") as bag:
@@ -225,18 +225,21 @@ def test_a_smeared_image_is_named_with_what_to_do(kpmatch: Any, tmp_path: Path) 
 
 
 def test_a_match_of_a_sharp_image_with_a_blurred_one_is_refined(scene: Image) -> None:
-    images = seen(scene, 0, None, 0), seen(scene, SHIFT, ALONG_ROWS, 1)
+    images = view_of(scene, 0, None, 0), view_of(scene, SHIFT, ALONG_ROWS, 1)
     points = corners(images[0])
-    assert misplaced(align_matches(images[0], images[1], points, start(points)), points) < 0.15
+    assert median_error(align_matches(images[0], images[1], points, inaccurate_start(points)), points) < 0.15
 
 
-def test_tracks_stay_exact_through_blur_and_keep_their_first_patch(scene: Image) -> None:
-    points = corners(seen(scene, 0))
+def test_tracks_stay_accurate_through_blur_and_keep_their_first_patch(scene: Image) -> None:
+    points = corners(view_of(scene, 0))
 
     def view(number: int, kernel: NDArray[np.float32] | None) -> View:
         keypoints = points if not number else points[:0]
         return View(
-            seen(scene, SHIFT * number, kernel, number), keypoints, np.eye(len(keypoints), 256, dtype=np.float32), 1.0
+            view_of(scene, SHIFT * number, kernel, number),
+            keypoints,
+            np.eye(len(keypoints), 256, dtype=np.float32),
+            1.0,
         )
 
     def errors(links: Links, number: int) -> NDArray[np.float64]:

@@ -26,7 +26,7 @@ SaveFolder = Callable[..., Path]
 CPU = torch.device("cpu")
 
 
-def made_up(seed: int, scale: float, shift: float, count: int = 1500) -> calibrate.Evidence:
+def synthetic_evidence(seed: int, scale: float, shift: float, count: int = 1500) -> calibrate.Evidence:
     """Make matches that are correct as often as their scores say, after a change of similarities and logits."""
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, 40, generator=draw)
@@ -42,8 +42,8 @@ def made_up(seed: int, scale: float, shift: float, count: int = 1500) -> calibra
     return evidence
 
 
-def test_the_map_of_the_scores_is_found_again() -> None:
-    evidence = [made_up(seed, 1.5, -0.8) for seed in range(4)]
+def test_the_fit_recovers_the_true_scale_and_shift_of_the_scores() -> None:
+    evidence = [synthetic_evidence(seed, 1.5, -0.8) for seed in range(4)]
     change = calibrate.fit(evidence)
     assert change.scale == pytest.approx(1.5, rel=0.15)
     assert change.shift == pytest.approx(-0.8, abs=0.15)
@@ -51,7 +51,7 @@ def test_the_map_of_the_scores_is_found_again() -> None:
     assert calibrate.fit([]) == calibrate.Map()
 
 
-def test_folded_weights_give_the_scores_of_the_map(random_folder: SaveFolder, texture: Texture) -> None:
+def test_folded_weights_give_the_calibrated_scores(random_folder: SaveFolder, texture: Texture) -> None:
     folder = random_folder()
     superpoint, matcher = SuperPoint.from_pretrained(folder), LightGlue.from_pretrained(folder)
     extractor = Ours(Weights("ours", superpoint, matcher, CPU, ""), 80, 2, False, 0.0, 0.1)
@@ -72,7 +72,7 @@ def test_folded_weights_give_the_scores_of_the_map(random_folder: SaveFolder, te
     torch.testing.assert_close(found[both], expected, atol=0.03, rtol=0.02)  # similarities are stored in float16
 
 
-def test_calibrated_weights_are_written_where_the_package_reads_them_with_the_settings_that_they_had(
+def test_calibrated_weights_can_be_loaded_and_keep_their_settings(
     tmp_path: Path, random_folder: SaveFolder, texture: Texture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = [shards.encode_grey(texture(600, 800, i)) for i in range(2)]
@@ -87,7 +87,7 @@ def test_calibrated_weights_are_written_where_the_package_reads_them_with_the_se
         LightGlue.from_pretrained(out)
 
 
-def test_what_training_writes_is_exported(
+def test_trained_weights_are_exported_with_their_settings(
     tmp_path: Path, small_superpoint: dict[str, Any], random_folder: SaveFolder
 ) -> None:
     folder = random_folder()

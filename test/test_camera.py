@@ -87,7 +87,7 @@ def lens_image(model: str, coefficients: tuple[float, ...], tangents: np.ndarray
     return project(camera, np.column_stack([tangents, np.zeros_like(tangents)]))[:, 0]  # type: ignore[arg-type]
 
 
-def reason_of(info: Any, rectified: bool = False) -> tuple[str, str]:
+def refusal_of(info: Any, rectified: bool = False) -> tuple[str, str]:
     with pytest.raises(CalibrationError) as caught:
         Camera.from_camera_info(info, rectified=rectified)
     return caught.value.reason, str(caught.value)
@@ -97,7 +97,7 @@ def reason_of(info: Any, rectified: bool = False) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name,model,coefficients,focal,width,height,part", LENSES, ids=[entry[0] for entry in LENSES])
-def test_directions_project_back_to_the_pixels_they_came_from(
+def test_directions_project_back_to_their_pixels(
     name: str, model: str, coefficients: tuple[float, ...], focal: float, width: int, height: int, part: float
 ) -> None:
     camera = lens(model, coefficients, focal, width, height)
@@ -110,7 +110,7 @@ def test_directions_project_back_to_the_pixels_they_came_from(
 
 
 @pytest.mark.parametrize("entry", LENSES, ids=[entry[0] for entry in LENSES])
-def test_no_points_give_no_directions_and_no_pixels(entry: Any) -> None:
+def test_empty_input_gives_empty_output(entry: Any) -> None:
     camera, none = lens(*entry[1:-1]), np.zeros((0, 2))
     assert camera.project(none).shape == camera.normalise(none).shape == (0, 2)
     assert camera.normalise_with_jacobian(none)[1].shape == (0, 2, 2)
@@ -135,7 +135,7 @@ def test_without_distortion_a_direction_is_the_offset_over_the_focal_length() ->
     assert camera.focal == 450
 
 
-def test_skew_is_honoured() -> None:
+def test_skew_is_respected() -> None:
     matrix = np.array([[500.0, 7.0, 320], [0, 400.0, 240], [0, 0, 1]])
     for model, coefficients in (("", ()), ("plumb_bob", (-0.2, 0.05, 0.001, 0.001, 0.0))):
         camera = Camera(640, 480, matrix, model, np.array(coefficients))
@@ -145,7 +145,7 @@ def test_skew_is_honoured() -> None:
 
 
 @pytest.mark.parametrize("coefficients", [(0.43, -0.124, 0, 0, -0.102), (0.35, -0.2, 1e-3, -1e-3, 0.0)])
-def test_directions_up_to_the_fold_of_a_lens_that_shows_edges_larger_are_found(
+def test_directions_up_to_the_fold_of_a_pincushion_lens_are_found(
     coefficients: tuple[float, ...],
 ) -> None:
     """The pixels lie outside of the fold. An earlier search started there and did not converge."""
@@ -178,7 +178,7 @@ def test_pixels_beyond_the_fold_of_the_lens_model_have_no_direction() -> None:
         ("equidistant", (-0.6, 0.15, 0.0, 0.0), 1.35),
     ],
 )
-def test_a_lens_model_that_grows_again_beyond_its_fold_has_no_directions_there(
+def test_a_lens_model_that_is_not_monotonic_has_no_directions_beyond_its_fold(
     model: str, coefficients: tuple[float, ...], fold: float
 ) -> None:
     focal = 200.0
@@ -204,7 +204,7 @@ def test_a_fisheye_pixel_ninety_degrees_off_the_axis_has_no_direction() -> None:
     assert np.isnan(normalised[2:]).all() and np.isnan(jacobian[2:]).all()
 
 
-def test_a_zero_distortion_is_none_whatever_the_model() -> None:
+def test_a_zero_distortion_has_no_effect_for_any_model() -> None:
     matrix = np.array([[300.0, 0, 320], [0, 300.0, 240], [0, 0, 1]])
     for model in ("", "plumb_bob", "rational_polynomial", "equidistant"):
         for count in (0, 4):
@@ -247,7 +247,7 @@ def test_camera_info_gives_matrix_distortion_and_size() -> None:
     np.testing.assert_array_equal(camera.distortion, [-0.28, 0.07, 0.0002, 1e-05, 0.0])
 
 
-def test_the_camera_keeps_its_numbers_when_the_message_is_reused() -> None:
+def test_the_camera_keeps_its_values_when_the_message_is_reused() -> None:
     info = camera_info(k=np.array(K), d=np.array([0.1, 0.0, 0.0, 0.0, 0.0]))
     camera = Camera.from_camera_info(info, rectified=False)
     info.k[:], info.d[:] = 0, 0
@@ -256,13 +256,13 @@ def test_the_camera_keeps_its_numbers_when_the_message_is_reused() -> None:
         camera.matrix[0, 0] = 1
 
 
-def test_camera_info_of_ros_1_is_understood() -> None:
+def test_a_ros_1_camera_info_is_read() -> None:
     info = camera_info()
     old = SimpleNamespace(**{name.upper() if name in "kdp" else name: value for name, value in vars(info).items()})
     np.testing.assert_array_equal(Camera.from_camera_info(old, rectified=False).matrix, np.reshape(K, (3, 3)))
 
 
-def test_real_messages_are_understood() -> None:
+def test_a_real_camera_info_message_is_read() -> None:
     stores = pytest.importorskip("rosbags.typesys")
     store = stores.get_typestore(stores.Stores.ROS2_JAZZY)
     empty = store.types["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False)
@@ -286,7 +286,7 @@ def test_real_messages_are_understood() -> None:
     np.testing.assert_array_equal(camera.normalise(pixel), expected.normalise(pixel))
 
 
-def test_a_region_of_interest_sees_the_same_directions_at_shifted_pixels() -> None:
+def test_a_region_of_interest_shifts_the_pixels_of_the_same_directions() -> None:
     whole = Camera.from_camera_info(camera_info(), rectified=False)
     part = Camera.from_camera_info(camera_info(roi=region(100, 60, 400, 300)), rectified=False)
     assert (part.width, part.height) == (400, 300)
@@ -294,7 +294,7 @@ def test_a_region_of_interest_sees_the_same_directions_at_shifted_pixels() -> No
     np.testing.assert_allclose(part.normalise(pixels), whole.normalise(pixels + (100, 60)), atol=1e-9)
 
 
-def test_binning_sees_the_same_directions_at_fewer_pixels() -> None:
+def test_binning_scales_the_pixels_of_the_same_directions() -> None:
     whole = Camera.from_camera_info(camera_info(), rectified=False)
     binned = Camera.from_camera_info(camera_info(binning_x=2, binning_y=3), rectified=False)
     assert (binned.width, binned.height) == (376, 160)
@@ -319,7 +319,7 @@ def test_rectified_images_use_the_projection_without_distortion() -> None:
     np.testing.assert_allclose(camera.matrix, [[218.1, 0, 182.2], [0, 218.1, 128.45], [0, 0, 1]])
 
 
-def test_rectified_pixels_have_the_raw_pixels_directions_turned_by_the_rectification() -> None:
+def test_directions_of_rectified_pixels_are_those_of_raw_pixels_rotated_by_r() -> None:
     turn = cv2.Rodrigues(np.array([0.01, -0.02, 0.015]))[0]
     raw = Camera.from_camera_info(camera_info(), rectified=False)
     rectified = Camera.from_camera_info(camera_info(), rectified=True)
@@ -331,7 +331,7 @@ def test_rectified_pixels_have_the_raw_pixels_directions_turned_by_the_rectifica
     )
 
 
-def test_the_lens_does_not_matter_for_rectified_images() -> None:
+def test_an_unknown_lens_model_is_accepted_for_rectified_images() -> None:
     info = camera_info(distortion_model="something new", d=[1.0, 2.0])
     assert Camera.from_camera_info(info, rectified=True).distortion.size == 0
 
@@ -339,16 +339,16 @@ def test_the_lens_does_not_matter_for_rectified_images() -> None:
 # Refusals and their texts
 
 
-def test_an_uncalibrated_camera_is_named_so() -> None:
-    reason, text = reason_of(camera_info(k=[0.0] * 9))
+def test_an_uncalibrated_camera_is_reported_as_uncalibrated() -> None:
+    reason, text = refusal_of(camera_info(k=[0.0] * 9))
     assert reason == "uncalibrated" and "K[0]" in text and "camera_info_url" in text
-    reason, text = reason_of(camera_info(p=[0.0] * 12), rectified=True)
+    reason, text = refusal_of(camera_info(p=[0.0] * 12), rectified=True)
     assert reason == "uncalibrated" and "P[0]" in text
 
 
-def test_a_camera_info_of_zeros_is_an_uncalibrated_camera() -> None:
+def test_a_camera_info_of_zeros_counts_as_uncalibrated() -> None:
     info = camera_info(width=0, height=0, k=[0.0] * 9, d=[], p=[0.0] * 12, distortion_model="")
-    assert reason_of(info)[0] == "uncalibrated"
+    assert refusal_of(info)[0] == "uncalibrated"
 
 
 @pytest.mark.parametrize(
@@ -366,8 +366,8 @@ def test_a_camera_info_of_zeros_is_an_uncalibrated_camera() -> None:
         (dict(binning_x=1000), "width and height are 752x480 with binning 1000x1, which is not a valid image size"),
     ],
 )
-def test_an_image_without_pixels_is_refused_by_what_leaves_none(changes: dict[str, Any], said: str) -> None:
-    reason, text = reason_of(camera_info(**changes))
+def test_an_empty_image_size_is_refused_with_its_cause(changes: dict[str, Any], said: str) -> None:
+    reason, text = refusal_of(camera_info(**changes))
     assert reason == "size" and said in text
 
 
@@ -383,7 +383,7 @@ def test_an_image_of_another_size_is_refused_naming_both() -> None:
     "model,coefficients", [("double_sphere", (0.1, 0.0, 0.0, 0.0)), ("", (0.1, 0.0, 0.0, 0.0)), ("fov", (0.9,))]
 )
 def test_an_unknown_lens_model_is_refused_naming_the_known_ones(model: str, coefficients: tuple[float, ...]) -> None:
-    reason, text = reason_of(camera_info(distortion_model=model, d=list(coefficients)))
+    reason, text = refusal_of(camera_info(distortion_model=model, d=list(coefficients)))
     assert reason == "model" and all(known in text for known in ("plumb_bob", "rational_polynomial", "equidistant"))
 
 
@@ -403,11 +403,11 @@ def test_an_unknown_lens_model_is_refused_naming_the_known_ones(model: str, coef
         dict(distortion_model="equidistant", d=[0.1, 0.2, 0.3, 0.4, 0.5]),
     ],
 )
-def test_numbers_that_no_camera_has_are_refused(changes: dict[str, Any]) -> None:
-    assert reason_of(camera_info(**changes))[0] == "value"
+def test_invalid_calibration_values_are_refused(changes: dict[str, Any]) -> None:
+    assert refusal_of(camera_info(**changes))[0] == "value"
 
 
-def test_a_camera_made_by_hand_is_checked_too() -> None:
+def test_a_directly_constructed_camera_is_checked_too() -> None:
     with pytest.raises(CalibrationError, match="focal lengths"):
         Camera(640, 480, np.eye(3))
     with pytest.raises(CalibrationError, match="shape"):
@@ -426,7 +426,7 @@ def test_a_camera_made_by_hand_is_checked_too() -> None:
         ("Rational Polynomial", "rational_polynomial"),
     ],
 )  # fmt: skip
-def test_a_lens_model_is_known_by_the_names_that_others_give_it(spelling: str, canonical: str) -> None:
+def test_common_aliases_of_lens_models_are_recognised(spelling: str, canonical: str) -> None:
     coefficients = {"equidistant": 4, "plumb_bob": 5, "rational_polynomial": 8}[canonical] * [0.01]
     ours = Camera.from_camera_info(camera_info(distortion_model=canonical, d=coefficients), rectified=False)
     theirs = Camera.from_camera_info(camera_info(distortion_model=spelling, d=coefficients), rectified=False)
@@ -437,7 +437,7 @@ def test_a_lens_model_is_known_by_the_names_that_others_give_it(spelling: str, c
 
 @pytest.mark.parametrize("model", ["equidistant", "fisheye", "plumb_bob", "radtan", "rational_polynomial"])
 @pytest.mark.parametrize("zeros", [0, 1, 2, 4, 8, 20])
-def test_zeros_behind_the_coefficients_change_nothing(model: str, zeros: int) -> None:
+def test_trailing_zero_coefficients_change_nothing(model: str, zeros: int) -> None:
     coefficients = [0.02, -0.01, 0.001, 0.002]
     camera = Camera.from_camera_info(camera_info(distortion_model=model, d=coefficients), rectified=False)
     longer = Camera.from_camera_info(
@@ -451,7 +451,7 @@ def test_zeros_behind_the_coefficients_change_nothing(model: str, zeros: int) ->
     "model", ["none", "", "fov", "double_sphere", "Ω", "equidistant", "ds", "pinhole", "plumb_bob"]
 )
 @pytest.mark.parametrize("coefficients", [(), (0.0,), (0.0,) * 3, (0.0,) * 5, (0.0,) * 7])
-def test_any_model_without_distortion_is_none(model: str, coefficients: tuple[float, ...]) -> None:
+def test_zero_coefficients_are_accepted_for_any_model_name(model: str, coefficients: tuple[float, ...]) -> None:
     info = camera_info(distortion_model=model, d=list(coefficients))
     camera = Camera.from_camera_info(info, rectified=False)
     assert not camera.distortion.any()
@@ -476,15 +476,15 @@ def test_any_model_without_distortion_is_none(model: str, coefficients: tuple[fl
         ("equidistant", (-1e6, 0.0, 0.0, 0.0), 200.0),
     ],
 )
-def test_a_lens_model_without_a_direction_for_much_of_the_image_is_refused(
+def test_a_lens_model_that_is_undefined_in_much_of_the_image_is_refused(
     model: str, coefficients: tuple[float, ...], focal: float
 ) -> None:
     matrix = [focal, 0, 376, 0, focal, 240, 0, 0, 1]
-    reason, text = reason_of(camera_info(distortion_model=model, d=list(coefficients), k=matrix))
+    reason, text = refusal_of(camera_info(distortion_model=model, d=list(coefficients), k=matrix))
     assert reason == "lens"
     assert " % of the image" in text and "order of the coefficients" in text and str(coefficients[0]) in text
 
 
-def test_the_distortion_of_rectified_images_is_not_looked_at() -> None:
+def test_the_distortion_is_ignored_for_rectified_images() -> None:
     info = camera_info(d=[0.00019359, 1.76e-05, -0.28340811, 0.07395907, 0.0])
     assert not Camera.from_camera_info(info, rectified=True).distortion.any()

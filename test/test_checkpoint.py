@@ -39,12 +39,12 @@ MATCHERS = ("lightglue", "superglue")
         (["other.convPa.weight", "convPa.weight.more", "conv.weight"], []),
     ],
 )
-def test_a_network_is_known_by_the_names_of_its_tensors(names: list[str], held: list[str]) -> None:
+def test_a_network_is_recognised_by_its_tensor_names(names: list[str], held: list[str]) -> None:
     assert network_types(reversed(names)) == held
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_the_network_wanted_is_found_in_a_file(tmp_path: Path, suffix: str) -> None:
+def test_the_network_in_a_file_is_recognised_and_other_kinds_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"net{suffix}"
     tensors = {"unet.path_down.0.1.3.weight": torch.zeros(1), "unet.path_down.0.1.3.bias": torch.zeros(1)}
     save_file(tensors, path) if suffix == ".safetensors" else torch.save({"extractor": tensors}, path)
@@ -53,7 +53,7 @@ def test_the_network_wanted_is_found_in_a_file(tmp_path: Path, suffix: str) -> N
         network_type(path, MATCHERS)
 
 
-def test_a_folder_with_matcher_and_detector_serves_as_both(random_folder: Any) -> None:
+def test_a_folder_with_matcher_and_detector_can_be_used_as_either(random_folder: Any) -> None:
     folder = random_folder()
     assert network_type(folder, MATCHERS) == "lightglue"
     assert network_type(folder, DETECTORS) == "superpoint"
@@ -61,13 +61,13 @@ def test_a_folder_with_matcher_and_detector_serves_as_both(random_folder: Any) -
         network_type(folder, ["superglue"])
 
 
-def test_a_registered_name_means_one_network_of_its_folder() -> None:
+def test_a_registered_name_stands_for_a_single_network() -> None:
     assert network_type("superpoint-open", DETECTORS) == "superpoint"
     with pytest.raises(WeightsError, match="superpoint-open holds a superpoint, not a lightglue"):
         network_type("superpoint-open", MATCHERS)
 
 
-def test_what_holds_no_network_names_what_it_holds(tmp_path: Path) -> None:
+def test_weights_without_a_known_network_are_refused_with_the_reason(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "net.pth")
     with pytest.raises(WeightsError, match=r"net\.pth holds none of the networks lightglue, .*, but fc\.weight"):
         network_type(tmp_path / "net.pth", DETECTORS)

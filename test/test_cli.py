@@ -55,7 +55,7 @@ def refused(result: tuple[int, str, str]) -> str:
 # kpmatch match
 
 
-def test_json_holds_the_matches_under_the_documented_keys(run: Run, pictures: tuple[Path, Path]) -> None:
+def test_json_has_the_matches_under_the_documented_keys(run: Run, pictures: tuple[Path, Path]) -> None:
     status, out, err = run("match", *pictures, "--json", "--device", "cpu")
     assert (status, err) == (0, "")
     found = json.loads(out)
@@ -73,7 +73,7 @@ def test_json_holds_the_matches_under_the_documented_keys(run: Run, pictures: tu
     assert (found["extractor"], found["matcher"]) == ("superpoint-open", "lightglue-superpoint-open")
 
 
-def test_json_holds_the_pose_where_intrinsics_are_given(run: Run, pictures: tuple[Path, Path]) -> None:
+def test_json_has_the_pose_if_intrinsics_are_given(run: Run, pictures: tuple[Path, Path]) -> None:
     status, out, _ = run("match", *pictures, "--json", "--device", "cpu", *CAMERA)
     found = json.loads(out)
     assert status == 0 and list(found["pose"]) == ["status", "rotation", "translation", "metric"]
@@ -84,7 +84,7 @@ def test_json_holds_the_pose_where_intrinsics_are_given(run: Run, pictures: tupl
     assert sum(found["inliers"]) >= 15
 
 
-def test_a_pose_that_cannot_be_had_says_why(run: Run, pictures: tuple[Path, Path]) -> None:
+def test_a_missing_pose_is_reported_with_its_status(run: Run, pictures: tuple[Path, Path]) -> None:
     _, out, _ = run("match", *pictures, "--json", "--device", "cpu", "--max-keypoints", 5, *CAMERA)
     found = json.loads(out)
     assert found["pose"]["status"] == "TOO_FEW_MATCHES" and found["pose"]["translation"] == [0, 0, 0]
@@ -93,7 +93,7 @@ def test_a_pose_that_cannot_be_had_says_why(run: Run, pictures: tuple[Path, Path
 
 
 @pytest.mark.parametrize("camera", [CAMERA, []])
-def test_a_smeared_image_is_named(run: Run, pictures: tuple[Path, Path], tmp_path: Path, camera: list[str]) -> None:
+def test_a_smeared_image_is_reported(run: Run, pictures: tuple[Path, Path], tmp_path: Path, camera: list[str]) -> None:
     smeared = tmp_path / "smeared.png"
     cv2.imwrite(str(smeared), cv2.blur(cv2.imread(str(pictures[1])), (61, 1)))
     for images, name in (((pictures[0], smeared), "B"), ((smeared, pictures[0]), "A")):
@@ -101,7 +101,7 @@ def test_a_smeared_image_is_named(run: Run, pictures: tuple[Path, Path], tmp_pat
         assert f"blur       {name}, by tens of pixels: its points cannot be located" in out
 
 
-def test_the_camera_of_b_and_the_lens_change_the_pose(run: Run, pictures: tuple[Path, Path]) -> None:
+def test_the_intrinsics_of_image_b_and_the_distortion_affect_the_pose(run: Run, pictures: tuple[Path, Path]) -> None:
     def pose(*options: str) -> Any:
         quick = ("--device", "cpu", "--matcher", "nearest", "--max-keypoints", 300)
         _, out, _ = run("match", *pictures, "--json", *quick, *CAMERA, *options)
@@ -124,7 +124,7 @@ def test_without_json_a_few_readable_lines_are_printed(run: Run, pictures: tuple
     assert "320 x 240" in out and "inliers" in out and "degrees" in out and 3 < out.count("\n") < 8
 
 
-def test_the_matches_are_drawn_into_a_file(run: Run, pictures: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_matches_are_drawn_to_a_file(run: Run, pictures: tuple[Path, Path], tmp_path: Path) -> None:
     status, _, _ = run("match", *pictures, "--device", "cpu", "--save", tmp_path / "drawn.png")
     drawn = cv2.imread(str(tmp_path / "drawn.png"))
     assert status == 0 and drawn.shape[0] == 240 and drawn.shape[1] > 640
@@ -133,7 +133,7 @@ def test_the_matches_are_drawn_into_a_file(run: Run, pictures: tuple[Path, Path]
 
 @pytest.mark.parametrize("links", ["none", "symbolic", "hard"])
 @pytest.mark.parametrize("number", [0, 1])
-def test_an_image_is_never_drawn_over(
+def test_an_input_image_is_never_overwritten_by_the_drawing(
     run: Run, pictures: tuple[Path, Path], tmp_path: Path, number: int, links: str
 ) -> None:
     own = [Path(shutil.copy(picture, tmp_path)) for picture in pictures]
@@ -153,7 +153,7 @@ def test_an_image_is_never_drawn_over(
     assert own[number].read_bytes() == content
 
 
-def test_options_mean_what_the_parameters_of_their_names_mean(run: Run, pictures: tuple[Path, Path]) -> None:
+def test_options_have_the_same_effect_as_the_parameters_of_the_same_name(run: Run, pictures: tuple[Path, Path]) -> None:
     options = {"max_keypoints": 100, "matcher": "nearest", "filter_threshold": 0.5, "border": 40, "device": "cpu"}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     _, out, _ = run("match", *pictures, "--json", *words)
@@ -166,7 +166,7 @@ def test_options_mean_what_the_parameters_of_their_names_mean(run: Run, pictures
     assert min(np.min(found["points0"], axis=0)) >= 40
 
 
-def test_the_options_are_those_of_the_parameters_that_concern_matching() -> None:
+def test_each_parameter_is_either_a_matching_option_or_only_for_the_node() -> None:
     node_alone = {
         "mode", "reference", "keyframe_min_matches", "keyframe_max_parallax", "max_gap", "queue", "image_transport",
         "rectified", "sync_tolerance", "publish_odometry", "autostart", "motion_prior", "stretch", "odom_frame",
@@ -219,13 +219,13 @@ def test_help_shows_each_option_with_its_description_range_and_default(run: Run)
         (["--extractor", "aliked-n16"], "For aliked-n16 set matcher to lightglue-aliked or nearest"),
     ],
 )
-def test_a_bad_option_is_refused_in_one_line(
+def test_an_invalid_option_is_refused_in_one_line(
     run: Run, pictures: tuple[Path, Path], words: list[str], said: str
 ) -> None:
     assert said in refused(run("match", *pictures, *words))
 
 
-def test_a_command_without_what_it_needs_is_refused_in_one_line(run: Run, pictures: tuple[Path, Path]) -> None:
+def test_missing_arguments_are_refused_in_one_line(run: Run, pictures: tuple[Path, Path]) -> None:
     assert "B" in refused(run("match", pictures[0]))
     assert "COMMAND" in refused(run())
     assert "'matsch'" in refused(run("matsch"))
@@ -264,12 +264,12 @@ def test_a_damaged_image_is_refused_in_one_line(
     assert name in line and said in line
 
 
-def test_a_file_that_is_not_there_is_named(run: Run, pictures: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_missing_image_file_is_named(run: Run, pictures: tuple[Path, Path], tmp_path: Path) -> None:
     assert "nowhere.png: No such file" in refused(run("match", pictures[0], tmp_path / "nowhere.png"))
     assert f"{tmp_path}: Is a directory" in refused(run("match", pictures[0], tmp_path))
 
 
-def test_a_picture_whose_name_would_be_too_long_is_refused_before_the_work(
+def test_a_default_output_name_that_is_too_long_is_refused(
     run: Run, pictures: tuple[Path, Path], tmp_path: Path
 ) -> None:
     long = [shutil.copy(picture, tmp_path / f"{letter * 130}.png") for picture, letter in zip(pictures, "ab")]
@@ -277,7 +277,7 @@ def test_a_picture_whose_name_would_be_too_long_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".bmp", ".webp", ".tif"])
-def test_the_usual_image_files_are_read_in_rgb(tmp_path: Path, extension: str) -> None:
+def test_common_image_formats_are_read_as_rgb(tmp_path: Path, extension: str) -> None:
     bgr = np.zeros((48, 64, 3), np.uint8)
     bgr[..., 2] = 200
     path = tmp_path / f"red{extension}"
@@ -295,13 +295,13 @@ def test_grey_images_stay_grey_and_16_bits_become_8(tmp_path: Path) -> None:
     assert np.abs(image.astype(int) - ramp / 257).max() <= 1
 
 
-def test_transparency_is_left_out(tmp_path: Path) -> None:
+def test_the_alpha_channel_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "clear.png").write_bytes(encoded(np.full((48, 64, 4), 77, np.uint8), ".png"))
     assert (read_image(tmp_path / "clear.png") == 77).all() and read_image(tmp_path / "clear.png").shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_a_photograph_is_turned_upright_as_its_exif_data_says(
+def test_a_photograph_is_rotated_according_to_its_exif_orientation(
     tmp_path: Path, texture: Any, orientation: int, turn: int
 ) -> None:
     stored = texture(48, 64, 1)
@@ -348,7 +348,7 @@ def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     assert f"kpmatch {command}" in out.split("example")[-1]
 
 
-def test_in_a_checkout_examples_are_commands_that_a_shell_finds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_checkout_the_help_shows_commands_with_their_prefix(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KPMATCH_PREFIX", "tools/with_ros")
     assert "\n  tools/with_ros kpmatch bench --keypoints" in run("bench", "--help")[1]
     assert run("bench", "--nonsense")[2].endswith("--nonsense (tools/with_ros kpmatch bench --help)\n")
@@ -371,11 +371,11 @@ def test_files_whose_names_are_not_utf8_are_read_and_written(pictures: tuple[Pat
 
 
 @pytest.mark.parametrize("words", [["export", b"r\xe9"], ["bag", "in", "out", "--rerun", b"r\xe9.rrd"]])
-def test_names_that_are_not_utf8_are_refused_where_a_library_takes_none(run: Run, words: list[Any]) -> None:
+def test_names_that_are_not_utf8_are_refused_if_a_library_needs_utf8(run: Run, words: list[Any]) -> None:
     assert "is not UTF-8; choose another name" in refused(run(*map(os.fsdecode, words)))
 
 
-def test_help_does_not_wait_for_pytorch_and_opencv(tmp_path: Path) -> None:
+def test_help_does_not_import_pytorch_or_opencv(tmp_path: Path) -> None:
     code = (
         "import sys; from kpmatch_ros.cli import main\n"
         "try: main(['match', '--help'])\n"
@@ -389,7 +389,7 @@ def test_the_version_is_that_of_the_package(run: Run) -> None:
     assert run("--version")[1].split() == ["kpmatch_ros", kpmatch_ros.__version__]
 
 
-def test_a_reader_that_stops_reading_is_no_fault(tmp_path: Path) -> None:
+def test_a_closed_pipe_on_stdout_is_not_an_error(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stdout:
@@ -406,7 +406,7 @@ def test_bad_usage_ends_the_process_with_status_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
-def test_a_command_whose_errors_nobody_can_read_ends_as_it_does_otherwise(tmp_path: Path) -> None:
+def test_the_exit_status_is_the_same_if_stderr_cannot_be_written(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kpmatch_ros.cli", "match", "none.png", "nothing.png"]
     with open("/dev/full", "w") as full:
         assert subprocess.run(command, stderr=full, cwd=tmp_path, check=False).returncode == 2

@@ -68,7 +68,7 @@ def compare(ours: Alignment, numpys: Alignment, at_least: int) -> None:
 @needed
 @pytest.mark.parametrize("shifts", [0, 1, 3])
 @pytest.mark.parametrize("deformed", [0.0, 0.1, 0.5])
-def test_patches_are_found_as_numpy_finds_them(film: list[np.ndarray], shifts: int, deformed: float) -> None:
+def test_patches_are_aligned_as_by_numpy(film: list[np.ndarray], shifts: int, deformed: float) -> None:
     random = np.random.default_rng(shifts)
     corners = cv2.goodFeaturesToTrack((film[0][::2, ::2] + 128).astype(np.uint8), 300, 0.01, 5)[:, 0]
     anywhere = random.uniform(-10, np.array(SIZE) + 10, (1200, 2))  # including the borders and points outside
@@ -82,7 +82,7 @@ def test_patches_are_found_as_numpy_finds_them(film: list[np.ndarray], shifts: i
 
 
 @needed
-def test_patches_at_the_border_are_found_as_numpy_finds_them(film: list[np.ndarray]) -> None:
+def test_patches_at_the_border_are_aligned_as_by_numpy(film: list[np.ndarray]) -> None:
     width, height = SIZE
     side = np.arange(-2.1, 12, 0.75, dtype=np.float32)  # no value at a limit
     near, along = (grid.ravel() for grid in np.meshgrid(side, np.arange(20, height - 20, 20, dtype=np.float32)))
@@ -93,7 +93,7 @@ def test_patches_at_the_border_are_found_as_numpy_finds_them(film: list[np.ndarr
 
 
 @needed
-def test_points_and_shapes_that_are_no_numbers_are_not_found(film: list[np.ndarray]) -> None:
+def test_points_and_shapes_that_are_not_finite_are_not_found(film: list[np.ndarray]) -> None:
     points = np.full((8, 2), 100, np.float32)
     patches, shapes = cut(film[0], points), no_change(8)
     points[1], points[2, 1], points[3], points[4] = np.nan, np.nan, np.inf, -1e30
@@ -106,7 +106,7 @@ def test_points_and_shapes_that_are_no_numbers_are_not_found(film: list[np.ndarr
 
 
 @needed
-def test_no_patches_give_no_alignment_and_arrays_that_do_not_belong_together_an_error(film: list[np.ndarray]) -> None:
+def test_empty_input_is_accepted_and_mismatched_arrays_are_refused(film: list[np.ndarray]) -> None:
     points = np.full((3, 2), 50, np.float32)
     patches = cut(film[0], points)
     assert len(align(patches[:0], film[0], points[:0], no_change(0)).points) == 0
@@ -116,7 +116,7 @@ def test_no_patches_give_no_alignment_and_arrays_that_do_not_belong_together_an_
 
 
 @needed
-def test_what_is_given_stays_as_it_is_whatever_its_layout(film: list[np.ndarray]) -> None:
+def test_inputs_are_not_modified_and_may_have_any_memory_layout(film: list[np.ndarray]) -> None:
     points = np.random.default_rng(0).uniform(20, 200, (50, 2)).astype(np.float32)
     patches, shapes = cut(film[0], points), no_change(50)
     given = patches.copy(), film[0].copy(), points.copy(), shapes.copy()
@@ -127,7 +127,7 @@ def test_what_is_given_stays_as_it_is_whatever_its_layout(film: list[np.ndarray]
 
 
 @needed
-def test_random_patches_in_images_of_any_size_are_found_as_numpy_finds_them() -> None:
+def test_random_patches_in_images_of_any_size_are_aligned_as_by_numpy() -> None:
     random = np.random.default_rng(0)
     found: tuple[list[Alignment], ...] = ([], [])
     for _ in range(100):
@@ -141,13 +141,13 @@ def test_random_patches_in_images_of_any_size_are_found_as_numpy_finds_them() ->
 
 
 @needed
-def test_spoilt_patches_are_not_found_and_leave_the_others_alone() -> None:
+def test_corrupted_patches_are_not_found_and_do_not_affect_the_others() -> None:
     for seed in range(200):
         align_spoilt_patches(np.random.default_rng(seed))
 
 
 @needed
-def test_an_image_longer_than_the_node_takes_is_refused_and_none_shorter() -> None:
+def test_an_image_is_refused_only_if_a_side_exceeds_the_limit_of_the_node() -> None:
     points = np.float32([[20, 20], [32_740, 20]])
     for height, width in ((40, MAX_SIDE), (MAX_SIDE, 40)):
         image = signed(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
@@ -171,7 +171,7 @@ LENSES = [
 
 @needed
 @pytest.mark.parametrize(("model", "coefficients"), LENSES)
-def test_a_lens_is_undone_as_numpy_undoes_it(model: str, coefficients: tuple[float, ...]) -> None:
+def test_lens_distortion_is_undone_as_by_numpy(model: str, coefficients: tuple[float, ...]) -> None:
     distorted = np.random.default_rng(0).normal(0, 0.5, (2000, 2))
     distorted[:6] = [(0, 0), (np.nan, 0), (0, np.inf), (49, 1), (-60, 0), (1e200, 1e-320)]
     for points in (distorted, np.asfortranarray(distorted), distorted[:0]):
@@ -183,13 +183,13 @@ def test_a_lens_is_undone_as_numpy_undoes_it(model: str, coefficients: tuple[flo
 
 
 @pytest.mark.parametrize("call", [pytest.param(lambda f, x: f(x), id="compiled", marks=needed), with_numpy])
-def test_any_lens_gives_directions_that_it_shows_the_right_way_up(call: Callable[..., Any]) -> None:
+def test_undistortion_with_any_coefficients_gives_valid_directions_or_nan(call: Callable[..., Any]) -> None:
     for seed in range(200):
         call(undistort_hostile_points, np.random.default_rng(seed))
 
 
 @with_compiler
-def test_nothing_that_c_leaves_undefined_is_done_whatever_is_given(tmp_path: Path) -> None:
+def test_random_input_causes_no_undefined_behaviour_in_c(tmp_path: Path) -> None:
     # A separate program, which ends on an overflow or on an unaligned or foreign memory access.
     package = tmp_path / "kpmatch_ros"
     installed = Path(kpmatch_ros.__file__).parent
@@ -209,26 +209,26 @@ def test_nothing_that_c_leaves_undefined_is_done_whatever_is_given(tmp_path: Pat
 # Availability
 
 
-def test_the_build_has_put_the_library_beside_the_modules() -> None:
+def test_the_built_package_contains_the_compiled_library() -> None:
     if ROOT in Path(kpmatch_ros.__file__).parents and "site-packages" not in kpmatch_ros.__file__:
         pytest.skip("this is the checkout, not what was built from it")
     assert compiled.available()
 
 
-def test_without_the_library_numpy_does_its_work_in_silence(tmp_path: Path) -> None:
+def test_a_missing_library_gives_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert compiled.open_library(tmp_path / "none.so") is None
 
 
-def test_what_is_no_library_is_not_loaded_in_silence(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_library_gives_a_warning(tmp_path: Path) -> None:
     (tmp_path / "text.so").write_text("no library")
     with pytest.warns(RuntimeWarning, match=r"text\.so cannot be loaded"):
         assert compiled.open_library(tmp_path / "text.so") is None
 
 
 @needed
-def test_a_library_for_another_processor_is_not_loaded_in_silence(tmp_path: Path) -> None:
+def test_a_library_for_another_processor_gives_a_warning(tmp_path: Path) -> None:
     content = bytearray(compiled.LIBRARY.read_bytes())
     content[18] = 183 if content[18] != 183 else 62  # e_machine of ELF: AArch64, x86-64
     (tmp_path / "other.so").write_bytes(content)
@@ -241,7 +241,7 @@ def test_a_library_for_another_processor_is_not_loaded_in_silence(tmp_path: Path
     ("source", "text"),
     [("int kpmatch_version(void) { return 99; }", "has version 99"), ("int other;", "cannot be loaded")],
 )
-def test_a_library_of_another_version_is_not_loaded_in_silence(tmp_path: Path, source: str, text: str) -> None:
+def test_a_library_of_another_version_gives_a_warning(tmp_path: Path, source: str, text: str) -> None:
     (tmp_path / "other.c").write_text(source)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", "other.so", "other.c"], cwd=tmp_path, check=True)
     with pytest.warns(RuntimeWarning, match=text):
@@ -254,7 +254,7 @@ FUNCTIONS = re.findall(r"^(?:void|int\d+_t) (\w+)\(", SOURCE, re.M)
 
 @with_compiler
 @pytest.mark.parametrize("lacking", FUNCTIONS)
-def test_a_library_that_lacks_a_function_is_not_loaded_in_silence(tmp_path: Path, lacking: str) -> None:
+def test_a_library_that_lacks_a_function_gives_a_warning(tmp_path: Path, lacking: str) -> None:
     version = re.search(r"^#define VERSION (\d+)", SOURCE, re.M)
     assert version is not None
     stubs = [f"int kpmatch_version(void) {{ return {version[1]}; }}"]
@@ -266,14 +266,14 @@ def test_a_library_that_lacks_a_function_is_not_loaded_in_silence(tmp_path: Path
 
 
 @with_compiler
-def test_any_c99_compiler_takes_the_source_without_a_warning(tmp_path: Path) -> None:
+def test_the_c_source_compiles_without_warnings(tmp_path: Path) -> None:
     strict = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wno-unknown-pragmas", "-Werror"]
     done = build(tmp_path / "plain.so", "-O1", *strict)
     assert not done.returncode, done.stderr
     assert compiled.open_library(tmp_path / "plain.so") is not None
 
 
-def test_the_doctor_says_whether_it_is_in_use() -> None:
+def test_the_doctor_reports_whether_the_compiled_geometry_is_in_use() -> None:
     (finding,) = doctor.check_geometry()
     assert finding.level == doctor.OK and finding.text.startswith("compiled" if compiled.available() else "NumPy")
     (finding,) = with_numpy(lambda: list(doctor.check_geometry()))
@@ -281,7 +281,7 @@ def test_the_doctor_says_whether_it_is_in_use() -> None:
 
 
 @needed
-def test_the_library_does_not_change_how_the_process_rounds(tmp_path: Path) -> None:
+def test_the_library_does_not_flush_denormal_numbers_in_the_process(tmp_path: Path) -> None:
     # A library linked with -ffast-math has a constructor that flushes denormal numbers to zero in the whole process.
     question = (
         "import numpy as np, kpmatch_ros.geometry.compiled as c; assert c.available(); print(np.float32(1e-40) / 2)"

@@ -43,7 +43,7 @@ def reference(x: Tensor, convolutions: list[nn.Conv2d], pooling: bool) -> Tensor
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("channels", [(4, 16), (16, 32), (64, 64), (48, 112), (4, 16, 16), (16, 32, 48), (64, 64, 128)])
 @pytest.mark.parametrize("pooling", [False, True])
-def test_they_are_those_of_pytorch(
+def test_convolutions_give_the_results_of_pytorch(
     channels: tuple[int, ...], size: tuple[int, int], pooling: bool, threads: int
 ) -> None:
     if pooling and min(size) < 2:
@@ -60,7 +60,7 @@ def test_they_are_those_of_pytorch(
     assert ((found - expected).abs() > 0.004 * expected.abs() + 1e-3).float().mean() < 0.02
 
 
-def test_a_thread_makes_no_difference(threads: int) -> None:
+def test_the_number_of_threads_does_not_change_the_result(threads: int) -> None:
     convolutions = [convolution(16, 32, 0), convolution(32, 32, 1)]
     computed = compiled.CompiledConvolutions([(each.weight, each.bias) for each in convolutions], True, torch.bfloat16)
     x = image(1, 16, 75, 50)
@@ -69,14 +69,14 @@ def test_a_thread_makes_no_difference(threads: int) -> None:
     assert torch.equal(several, computed(x))
 
 
-def test_what_the_source_does_not_compute_is_left_to_pytorch() -> None:
+def test_unsupported_convolutions_are_left_to_pytorch() -> None:
     block = ConvBlock(1, 24, True)
     block.use_compiled(torch.bfloat16)
     assert block.compiled is None
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 8), (7, 31)])
-def test_parts_of_an_image_are_those_of_pytorch(size: tuple[int, int]) -> None:
+def test_image_parts_are_cut_as_by_pytorch(size: tuple[int, int]) -> None:
     image = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(2))
     found, expected = compiled.image_parts(image), in_parts(image)
     assert torch.equal(found, expected)
@@ -92,31 +92,31 @@ def extractor_of(precision: str) -> FeatureMatcher:
     return FeatureMatcher(Parameters(device="cpu", precision=precision, matcher="nearest", max_keypoints=256))
 
 
-def shared(a: FeatureMatcher, b: FeatureMatcher, view: np.ndarray) -> float:
+def shared_keypoints(a: FeatureMatcher, b: FeatureMatcher, view: np.ndarray) -> float:
     """Return the fraction of one's keypoints that the other finds within half a pixel."""
     first, second = (np.asarray(each.extract(view).keypoints) for each in (a, b))
     return float((np.linalg.norm(first[:, None] - second[None], axis=2).min(axis=1) < 0.5).mean())
 
 
-def test_keypoints_are_as_exact_as_by_pytorch(view: np.ndarray) -> None:
+def test_keypoints_are_as_accurate_as_with_pytorch(view: np.ndarray) -> None:
     exact, ours, by_pytorch = (extractor_of(precision) for precision in ("float32", "bfloat16", "bfloat16"))
     network = by_pytorch.extractor
     assert isinstance(network, SuperPoint) and isinstance(ours.extractor, SuperPoint)
     assert all(block.compiled is not None for block in ours.extractor.encoder.conv_blocks)
     for block in (*network.encoder.conv_blocks, network.keypoint_decoder):
         block.compiled = None
-    assert shared(exact, ours, view) >= max(0.98, shared(exact, by_pytorch, view) - 0.01)
+    assert shared_keypoints(exact, ours, view) >= max(0.98, shared_keypoints(exact, by_pytorch, view) - 0.01)
     again = extractor_of("bfloat16")
     again.extractor = copy.deepcopy(ours.extractor).float()  # as after an overflow
-    assert shared(exact, again, view) > 0.97
+    assert shared_keypoints(exact, again, view) > 0.97
 
 
-def test_a_network_wholly_in_bfloat16_still_sees() -> None:
+def test_a_network_converted_to_bfloat16_still_runs() -> None:
     network = copy.deepcopy(extractor_of("bfloat16").extractor).bfloat16()
     assert network(torch.rand(1, 1, 64, 64)).keypoints.shape[2] == 2
 
 
-def test_what_blocks_give_can_still_be_recorded(view: np.ndarray) -> None:
+def test_the_outputs_of_the_blocks_can_still_be_recorded(view: np.ndarray) -> None:
     ours = extractor_of("bfloat16")
     with trace(ours.extractor) as recorded:
         ours.extract(view)

@@ -38,7 +38,7 @@ KINDS = {"tiles": (torch.bfloat16, True), "vectors": (torch.bfloat16, False), "f
 
 
 @pytest.fixture(params=KINDS)
-def made(request: pytest.FixtureRequest) -> partial[compiled.CompiledLayer]:
+def make_compiled(request: pytest.FixtureRequest) -> partial[compiled.CompiledLayer]:
     """A function that makes a compiled layer of a PyTorch layer."""
     dtype, tiles = KINDS[request.param]
     skip_without(dtype)
@@ -84,7 +84,7 @@ def points_of(count: int, size: int, heads: int, seed: int, batch: int = 1) -> P
     return Points(x, rotation, None, torch.arange(count), torch.ones(count, dtype=torch.int64))
 
 
-def both(layer: TransformerLayer, counts: tuple[int, int]) -> tuple[Points, Points]:
+def two_images(layer: TransformerLayer, counts: tuple[int, int]) -> tuple[Points, Points]:
     size, heads = layer.self_mlp.fc2.out_features, layer.self_attention.heads
     first, second = (points_of(count, size, heads, seed) for seed, count in enumerate(counts))
     return first, second
@@ -98,47 +98,50 @@ def error(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize(("size", "heads"), SIZES)
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_layer_is_as_exact_as_by_pytorch(
-    size: int, heads: int, counts: tuple[int, int], shared: bool, made: partial[compiled.CompiledLayer]
+def test_a_layer_is_as_accurate_as_in_pytorch(
+    size: int, heads: int, counts: tuple[int, int], shared: bool, make_compiled: partial[compiled.CompiledLayer]
 ) -> None:
     layer = layer_of(size, heads, shared)
-    points = both(layer, counts)
-    exact, found = layer(*points), made(layer)(*points)
-    if made.keywords["dtype"] == torch.float32:
+    points = two_images(layer, counts)
+    exact, found = layer(*points), make_compiled(layer)(*points)
+    if make_compiled.keywords["dtype"] == torch.float32:
         assert error(found, exact) < 1e-6  # both round
         return
     by_pytorch = copy.deepcopy(layer).to(torch.bfloat16)(*points)
     assert error(found, exact) < min(1.05 * error(by_pytorch, exact), 0.004)
 
 
-def test_it_is_equal_bit_for_bit_whatever_the_threads(made: partial[compiled.CompiledLayer], threads: int) -> None:
+def test_results_are_identical_for_any_number_of_threads(
+    make_compiled: partial[compiled.CompiledLayer], threads: int
+) -> None:
     layer = layer_of(128, 4)
-    points, runs = both(layer, (300, 170)), []
+    points, runs = two_images(layer, (300, 170)), []
     for count in (threads, 1):
         torch.set_num_threads(count)
-        runs.append(made(layer)(*points))
+        runs.append(make_compiled(layer)(*points))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-def test_similarities_of_thousands_pick_the_best_alone(made: partial[compiled.CompiledLayer]) -> None:
+def test_very_large_similarities_stay_finite_and_accurate(make_compiled: partial[compiled.CompiledLayer]) -> None:
     layer = layer_of(64, 2, scale=40.0)
-    points = both(layer, (90, 70))
-    found, exact = made(layer)(*points), layer(*points)
+    points = two_images(layer, (90, 70))
+    found, exact = make_compiled(layer)(*points), layer(*points)
     by_pytorch = copy.deepcopy(layer).to(torch.bfloat16)(*points)
     assert all(torch.isfinite(each).all() for each in found)
     assert error(found, exact) < max(1.2 * error(by_pytorch, exact), 0.01)
 
 
-def test_what_is_no_number_stays_none(made: partial[compiled.CompiledLayer]) -> None:
+def test_nan_propagates_to_all_points(make_compiled: partial[compiled.CompiledLayer]) -> None:
     layer = layer_of(64, 2)
-    points = both(layer, (50, 40))
+    points = two_images(layer, (50, 40))
     points[0].x[0, 7, 3] = torch.nan
-    assert all(each.isnan().all() for each in made(layer)(*points))  # every point attends to all points of both images
+    # Every point attends to all points of both images.
+    assert all(each.isnan().all() for each in make_compiled(layer)(*points))
 
 
-def test_padding_takes_no_part_wherever_it_is(made: partial[compiled.CompiledLayer]) -> None:
+def test_padding_at_any_position_does_not_change_the_result(make_compiled: partial[compiled.CompiledLayer]) -> None:
     layer = layer_of(64, 2)
-    chosen = made(layer)
+    chosen = make_compiled(layer)
     padded = [points_of(count, 64, 2, seed, batch=3) for seed, count in enumerate((40, 50))]
     random = torch.Generator().manual_seed(5)
     for points in padded:
@@ -166,9 +169,7 @@ def test_padding_takes_no_part_wherever_it_is(made: partial[compiled.CompiledLay
         lambda layer: setattr(layer.cross_attention, "o_proj", torch.nn.Linear(64, 64)),
     ],
 )
-def test_what_the_source_does_not_compute_is_left_to_pytorch(
-    change: Callable[[TransformerLayer], None], precision: str
-) -> None:
+def test_unsupported_layers_are_left_to_pytorch(change: Callable[[TransformerLayer], None], precision: str) -> None:
     layer, dtype = layer_of(64, 2), getattr(torch, precision)
     assert compiled.CompiledLayer.fits(layer, dtype)
     change(layer)
@@ -178,9 +179,7 @@ def test_what_the_source_does_not_compute_is_left_to_pytorch(
 
 
 @pytest.mark.parametrize(("limit", "computed"), [("avx2", True), ("default", False)])
-def test_pytorch_s_limit_on_the_processor_s_instructions_holds_here_too(
-    limit: str, computed: bool, tmp_path: Path
-) -> None:
+def test_the_limit_of_pytorch_on_cpu_instructions_is_respected(limit: str, computed: bool, tmp_path: Path) -> None:
     if not compiled.transforms() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip(MISSING)
     program = (
@@ -214,7 +213,7 @@ def pairs(matcher: FeatureMatcher, walk: list[np.ndarray]) -> set[tuple[int, int
 @pytest.mark.parametrize(
     ("confidences", "least"), [({}, 0.97), ({"depth_confidence": 0.95, "width_confidence": 0.99}, 0.9)]
 )
-def test_the_matches_are_those_of_pytorch(
+def test_the_matches_agree_with_those_of_pytorch(
     walk: list[np.ndarray], confidences: dict[str, float], least: float, precision: str
 ) -> None:
     quick = matcher(precision, **confidences)
@@ -228,7 +227,7 @@ def test_the_matches_are_those_of_pytorch(
 
 
 @needs_bfloat16
-def test_what_is_compiled_in_bfloat16_does_not_compute_in_float32(walk: list[np.ndarray]) -> None:
+def test_layers_compiled_in_bfloat16_are_not_used_in_float32(walk: list[np.ndarray]) -> None:
     for_a_moment = matcher("bfloat16")
     features = [for_a_moment.extract(image) for image in walk[:2]]
     network = for_a_moment.matcher.float()
@@ -239,7 +238,7 @@ def test_what_is_compiled_in_bfloat16_does_not_compute_in_float32(walk: list[np.
     assert all(torch.equal(a, b) for a, b in zip(found, network(*batch)))
 
 
-def test_the_states_within_can_still_be_recorded(walk: list[np.ndarray], precision: str) -> None:
+def test_the_hidden_states_can_still_be_recorded(walk: list[np.ndarray], precision: str) -> None:
     ours = matcher(precision)
     features = [ours.extract(image) for image in walk[:2]]
     with trace(ours.matcher) as recorded:
@@ -249,7 +248,7 @@ def test_the_states_within_can_still_be_recorded(walk: list[np.ndarray], precisi
     assert ours.matcher.is_compiled
 
 
-def test_a_copy_computes_as_the_original(walk: list[np.ndarray], precision: str) -> None:
+def test_a_copy_gives_the_same_results_as_the_original(walk: list[np.ndarray], precision: str) -> None:
     ours = matcher(precision)
     batch = [ours._batch([ours.extract(image)]) for image in walk[:2]]  # noqa: SLF001
     again = copy.deepcopy(ours.matcher)
@@ -258,7 +257,7 @@ def test_a_copy_computes_as_the_original(walk: list[np.ndarray], precision: str)
     assert all(torch.equal(a, b) for a, b in zip(before, again(*batch)))
 
 
-def test_what_pytorch_has_to_see_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_need_gradients_or_tracing_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = torch.zeros(2)
     assert compiled.may_process(numbers)
     assert not compiled.may_process(torch.zeros(2, requires_grad=True)) and not compiled.may_process(numbers.to("meta"))
@@ -272,7 +271,7 @@ def test_what_pytorch_has_to_see_is_left_to_it(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(not compiled.transforms(), reason=MISSING)
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
 @pytest.mark.parametrize(("words", "is_empty"), [([], False), (["-U__linux__"], True)])
-def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
+def test_the_source_compiles_without_a_warning_and_is_empty_on_other_systems(
     tmp_path: Path, words: list[str], is_empty: bool
 ) -> None:
     command = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Werror", *words]
@@ -287,7 +286,7 @@ def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
     assert library is not None and (library.kpmatch_support() == 0) == is_empty
 
 
-def test_the_doctor_says_whether_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_reports_which_networks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled.transforms():
         pytest.skip(MISSING)
     (finding,) = doctor.check_compiled_networks()

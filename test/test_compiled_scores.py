@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not compiled.has_vectors(), reason="not built, o
 
 @pytest.mark.parametrize("counts", [(1, 1), (1, 40), (16, 1), (33, 32), (100, 65), (257, 300)])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0, 1000.0])
-def test_the_best_pairs_are_those_of_pytorch(counts: tuple[int, int], spread: float) -> None:
+def test_the_best_pairs_agree_with_pytorch(counts: tuple[int, int], spread: float) -> None:
     random = torch.Generator().manual_seed(3)
     similarity = spread * torch.randn(*counts, generator=random)
     certain0, certain1 = (-torch.rand(count, generator=random) for count in counts)
@@ -26,19 +26,19 @@ def test_the_best_pairs_are_those_of_pytorch(counts: tuple[int, int], spread: fl
     assert (scores.amax(0) - scores.gather(0, best1[None])[0] <= within).all()
 
 
-def test_of_equal_partners_the_first_is_the_best() -> None:
+def test_the_first_of_equally_good_partners_is_chosen() -> None:
     best0, best1, _ = compiled.best_pairs(torch.zeros(40, 50), torch.zeros(40), torch.zeros(50))
     assert not best0.any() and not best1.any()
 
 
-def test_similarities_that_are_no_numbers_have_no_score() -> None:
+def test_nan_similarities_give_nan_scores_and_valid_indices() -> None:
     best0, best1, most0 = compiled.best_pairs(torch.full((20, 20), torch.nan), torch.zeros(20), torch.zeros(20))
     assert most0.isnan().all()  # FeatureMatcher then repeats the computation in float32
     assert ((best0 >= 0) & (best0 < 20) & (best1 >= 0) & (best1 < 20)).all()
 
 
 @pytest.mark.parametrize("counts", [(7, 9), (300, 257)])
-def test_the_matches_of_an_assignment_are_those_of_pytorch(counts: tuple[int, int]) -> None:
+def test_the_matches_of_an_assignment_agree_with_pytorch(counts: tuple[int, int]) -> None:
     torch.manual_seed(5)
     network = MatchAssignment(64).requires_grad_(False)
     states, nothing = 3 * torch.randn(1, max(counts), 64), torch.empty(0)
@@ -55,7 +55,7 @@ def test_the_matches_of_an_assignment_are_those_of_pytorch(counts: tuple[int, in
     assert torch.allclose(found.scores1, by_pytorch.scores1, rtol=1e-5, atol=1e-7)
 
 
-def test_scores_of_pixels_are_the_softmax_of_each_cell() -> None:
+def test_pixel_scores_are_the_softmax_of_each_cell() -> None:
     torch.manual_seed(6)
     logits = 10 * torch.randn(2, 3, 5, 65)
     logits[0, 0, 0] = 200 * torch.randn(65)

@@ -17,7 +17,7 @@ from kpmatch_ros.tracking.lost_tracks import largest_elsewhere
 from kpmatch_ros.tracking.track_set import apart, attach, first_of_each_place
 
 
-def close(ours: Any, numpys: Any, tolerance: float) -> None:
+def assert_close(ours: Any, numpys: Any, tolerance: float) -> None:
     """Check that both agree within this fraction of the largest number of each array."""
     ours, numpys = np.asarray(ours), np.asarray(numpys)
     assert ours.shape == numpys.shape
@@ -27,7 +27,7 @@ def close(ours: Any, numpys: Any, tolerance: float) -> None:
 
 
 @needed
-def test_points_of_a_scene_are_placed_as_numpy_places_them() -> None:
+def test_points_are_triangulated_and_placed_as_by_numpy() -> None:
     for seed in range(200):
         random = np.random.default_rng(seed)
         cameras, landmarks, seen = scene_of(random)
@@ -35,25 +35,25 @@ def test_points_of_a_scene_are_placed_as_numpy_places_them() -> None:
         for arguments in ((cameras, seen, -2), (cameras, seen, -2, *expected)):
             for ours, numpys in zip(triangulate(*arguments), with_numpy(triangulate, *arguments)):
                 # If the camera stands, only noise determines a depth, so the results agree less closely.
-                close(ours, numpys, 1e-3)
+                assert_close(ours, numpys, 1e-3)
         # With a small determinant the rounding of float32 is relatively large: of 1/z times the noise of a ray.
         ours, numpys = (call(place, cameras, landmarks, seen, 1e-3) for call in (lambda f, *a: f(*a), with_numpy))
         assert np.array_equal(ours.freedom, numpys.freedom)
-        close(ours.squares, numpys.squares, 1e-3)
+        assert_close(ours.squares, numpys.squares, 1e-3)
 
 
 @needed
-def test_equations_of_the_motion_are_those_of_numpy() -> None:
+def test_the_motion_equations_agree_with_numpy() -> None:
     for seed in range(200):
         cameras, landmarks, seen = scene_of(np.random.default_rng(seed))
         arguments = cameras, landmarks, seen, 1e-6
         ours, numpys = motion_equations(*arguments), with_numpy(motion_equations, *arguments)
         for one, other in zip(ours, numpys):
-            close(one, other, 1e-3)
+            assert_close(one, other, 1e-3)
 
 
 @needed
-def test_a_structure_is_that_of_numpy() -> None:
+def test_a_structure_agrees_with_numpy() -> None:
     for seed in range(50):
         cameras, _, seen = scene_of(np.random.default_rng(seed))
         if seen.shape[2] < 20 or len(seen) < 4 or not cameras.translations.any():
@@ -61,14 +61,14 @@ def test_a_structure_is_that_of_numpy() -> None:
         window = Window(cameras.rotations[:-1], cameras.translations[:-1])
         motion = cameras.rotations[-1].T, -cameras.rotations[-1].T @ cameras.translations[-1]
         ours, numpys = Structure.of(window, seen, motion, 1e-3), with_numpy(Structure.of, window, seen, motion, 1e-3)
-        close(ours.cameras.rotations, numpys.cameras.rotations, 1e-5)
-        close(ours.cameras.translations, numpys.cameras.translations, 1e-3)
+        assert_close(ours.cameras.rotations, numpys.cameras.rotations, 1e-5)
+        assert_close(ours.cameras.translations, numpys.cameras.translations, 1e-3)
         assert ours.noise == pytest.approx(numpys.noise, rel=1e-3)
         assert (ours.contradicts(0.05) == numpys.contradicts(0.05)).mean() > 0.98
 
 
 @needed
-def test_optical_flow_is_that_of_opencv() -> None:
+def test_optical_flow_agrees_with_opencv() -> None:
     steps: list[np.ndarray] = []
     for seed in range(300):
         one, other, points, start = views_of(np.random.default_rng(seed))
@@ -92,7 +92,7 @@ def test_optical_flow_is_that_of_opencv() -> None:
 
 
 @needed
-def test_images_of_two_sizes_are_followed_by_opencv() -> None:
+def test_optical_flow_between_images_of_two_sizes_is_left_to_opencv() -> None:
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (60, 80)).astype(np.uint8)
     pyramids = flow.pyramid(image), flow.pyramid(image[:50])
@@ -103,14 +103,14 @@ def test_images_of_two_sizes_are_followed_by_opencv() -> None:
 
 
 @needed
-def test_patches_are_cut_as_numpy_cuts_them() -> None:
+def test_patches_are_cut_as_by_numpy() -> None:
     for seed in range(100):
         (image, *_), _, points, _ = views_of(np.random.default_rng(seed))
         ours, numpys = cut(signed(image), points), with_numpy(cut, signed(image), points)
         assert ours.dtype == numpys.dtype and ours.shape == numpys.shape
         ends = np.cumsum([0, 85, 85, 85, 85, 85, 36, 6, 6, 2, 6, 6, 1, 4, 2, 2, 1])
         for begin, end in zip(ends, ends[1:]):  # each kind of number has its own magnitude
-            close(ours[:, begin:end], numpys[:, begin:end], 2e-3)
+            assert_close(ours[:, begin:end], numpys[:, begin:end], 2e-3)
 
 
 def scattered(random: np.random.Generator, count: int) -> np.ndarray:
@@ -121,7 +121,7 @@ def scattered(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 @needed
-def test_what_is_near_is_what_trees_find() -> None:
+def test_nearest_neighbours_agree_with_a_tree_search() -> None:
     for seed in range(300):
         random = np.random.default_rng(seed)
         points, others = (scattered(random, count) for count in random.integers(1, 150, 2))
@@ -139,7 +139,7 @@ def test_what_is_near_is_what_trees_find() -> None:
 
 
 @needed
-def test_neighbours_say_what_they_say_to_numpy() -> None:
+def test_the_motion_expected_from_neighbours_agrees_with_numpy() -> None:
     for seed in range(300):
         random = np.random.default_rng(seed)
         points = random.uniform(0, 300, (int(random.integers(1, 200)), 2)).astype(np.float32)
@@ -153,7 +153,7 @@ def test_neighbours_say_what_they_say_to_numpy() -> None:
 
 
 @needed
-def test_rivals_of_keypoints_are_those_of_numpy() -> None:
+def test_the_largest_similarity_elsewhere_agrees_with_numpy() -> None:
     for seed in range(100):
         random = np.random.default_rng(seed)
         count, rows = random.integers(1, 200, 2)
@@ -164,7 +164,7 @@ def test_rivals_of_keypoints_are_those_of_numpy() -> None:
 
 
 @needed
-def test_hostile_tracks_do_no_harm() -> None:
+def test_invalid_tracks_do_not_affect_the_others() -> None:
     for seed in range(200):
         with np.errstate(all="ignore"):
             call_with_hostile_tracks(np.random.default_rng(seed))
@@ -192,6 +192,6 @@ IMAGE, POINTS = np.zeros((9, 9), np.uint8), np.zeros((1, 2), np.float32)
         lambda: compiled.cut(np.zeros((20, 2**16)), np.zeros((2, 85)), POINTS),
     ],
 )
-def test_arrays_that_do_not_belong_together_are_refused(call: Callable[[], Any]) -> None:
+def test_mismatched_arrays_are_refused(call: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=r"shape|levels|window|frame|side|few"):
         call()

@@ -39,7 +39,7 @@ def compute(layers: list[nn.Conv2d], pooling: bool, x: Tensor) -> Tensor:
     return compiled.CompiledConvolutions([(each.weight, each.bias) for each in layers], pooling, torch.float32)(x)
 
 
-def exactly(layers: list[nn.Conv2d], pooling: bool, x: Tensor) -> Tensor:
+def compute_in_float64(layers: list[nn.Conv2d], pooling: bool, x: Tensor) -> Tensor:
     x = x.double()
     for each in layers:
         x = F.relu(F.conv2d(x, each.weight.double(), each.bias.double(), padding=1))
@@ -48,7 +48,7 @@ def exactly(layers: list[nn.Conv2d], pooling: bool, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("channels", [(1, 16), (16, 16), (16, 48), (1, 16, 32), (32, 48, 16), (64, 64, 64), (112, 128)])
-def test_they_are_those_of_pytorch(
+def test_convolutions_give_the_results_of_pytorch(
     channels: tuple[int, ...], size: tuple[int, int], threads: int, vectors: int
 ) -> None:
     layers = convolutions(*channels)
@@ -56,12 +56,12 @@ def test_they_are_those_of_pytorch(
     for pooling in (False, True):
         if pooling and (min(size) < 2 or channels == (1, 16)):
             continue
-        found, exact = compute(layers, pooling, x), exactly(layers, pooling, x)
+        found, exact = compute(layers, pooling, x), compute_in_float64(layers, pooling, x)
         assert found.shape == exact.shape
         assert (found - exact).abs().max() <= 3e-5 * exact.abs().max()
 
 
-def test_a_thread_makes_no_difference(vectors: int) -> None:
+def test_the_number_of_threads_does_not_change_the_result(vectors: int) -> None:
     layers, x = convolutions(16, 32, 32), torch.randn(1, 16, 75, 50)
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 5, 64):
@@ -71,10 +71,10 @@ def test_a_thread_makes_no_difference(vectors: int) -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_a_pixel_that_is_no_number_spoils_what_sees_it_alone(vectors: int) -> None:
+def test_a_nan_pixel_affects_only_its_receptive_field(vectors: int) -> None:
     layers, x = convolutions(16, 16, 16), torch.randn(1, 16, 40, 40)
     x[0, 3, 20, 21] = torch.nan
-    found, plain = compute(layers, False, x), exactly(layers, False, x)
+    found, plain = compute(layers, False, x), compute_in_float64(layers, False, x)
     assert found.isnan().any() and not found[:, :, :12].isnan().any() and not found[..., 30:].isnan().any()
     assert torch.allclose(found[:, :, :12].double(), plain[:, :, :12], atol=1e-4)
 
@@ -94,7 +94,7 @@ def matcher_of(extractor: str, precision: str) -> FeatureMatcher:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("extractor", EXTRACTORS)
-def test_an_image_is_described_as_by_pytorch(
+def test_features_agree_with_those_of_pytorch(
     walk: list[np.ndarray], extractor: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = walk[0][:235, :307]
@@ -118,7 +118,7 @@ def test_an_image_is_described_as_by_pytorch(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_matcher_loaded_where_nothing_is_compiled_computes_by_pytorch(
+def test_a_matcher_unpickled_without_the_library_uses_pytorch(
     walk: list[np.ndarray], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parameters = Parameters(device="cpu", precision=precision, max_keypoints=256, depth_confidence=-1.0)
@@ -132,7 +132,7 @@ def test_a_matcher_loaded_where_nothing_is_compiled_computes_by_pytorch(
     assert loaded.matcher.round_up == made_there.matcher.round_up == (precision == "bfloat16")
 
 
-def test_two_images_of_one_size_are_described_together_as_alone(walk: list[np.ndarray]) -> None:
+def test_a_batch_of_two_images_gives_the_same_features_as_each_alone(walk: list[np.ndarray]) -> None:
     images = walk[:2]
     ours = matcher_of("superpoint-open", "float32")
     for together, image in zip(ours.extract_batch(images), images):
@@ -142,7 +142,7 @@ def test_two_images_of_one_size_are_described_together_as_alone(walk: list[np.nd
 
 
 @pytest.mark.parametrize("spread", [0.1, 5.0, 200.0])
-def test_scores_of_pixels_are_a_softmax_of_their_cell(spread: float) -> None:
+def test_pixel_scores_are_the_softmax_of_each_cell(spread: float) -> None:
     logits = spread * torch.randn(2, 5, 7, 65, generator=torch.Generator().manual_seed(1))
     exact = F.pixel_shuffle(logits.double().softmax(dim=3)[..., :-1].permute(0, 3, 1, 2), 8)[:, 0]
     found = compiled.pixel_scores(logits)

@@ -34,7 +34,7 @@ def compare(ours: Any, numpys: Any, tolerance: float, what: object = "") -> None
 
 @needed
 @pytest.mark.parametrize("numbers", [[], [np.nan], [np.inf, -np.inf]], ids=["sound", "nan", "inf"])
-def test_random_matches_give_what_numpy_gives(numbers: list[float]) -> None:
+def test_random_matches_give_the_same_results_as_numpy(numbers: list[float]) -> None:
     for seed in range(60):
         for call, arguments in calls_of(np.random.default_rng(seed), numbers):
             ours, numpys = outcome(call, *arguments), with_numpy(outcome, call, *arguments)
@@ -42,7 +42,7 @@ def test_random_matches_give_what_numpy_gives(numbers: list[float]) -> None:
 
 
 @needed
-def test_the_likeliest_directions_are_those_of_numpy() -> None:
+def test_the_likeliest_directions_agree_with_numpy() -> None:
     for seed in range(20):
         random = np.random.default_rng(seed)
         motion = motion_of(random)
@@ -51,7 +51,7 @@ def test_the_likeliest_directions_are_those_of_numpy() -> None:
 
 
 @needed
-def test_a_covariance_is_that_of_numpy() -> None:
+def test_covariances_agree_with_numpy() -> None:
     for seed in range(40):
         random = np.random.default_rng(seed)
         motion = motion_of(random)
@@ -62,7 +62,7 @@ def test_a_covariance_is_that_of_numpy() -> None:
 
 
 @needed
-def test_hostile_matches_do_no_harm_and_give_the_same_answer_again() -> None:
+def test_with_invalid_matches_arguments_are_unchanged_and_results_repeatable() -> None:
     for seed in range(60):
         call_with_hostile_matches(np.random.default_rng(seed))
 
@@ -80,7 +80,7 @@ def test_hostile_matches_do_no_harm_and_give_the_same_answer_again() -> None:
         Scene(camera0=DRONE, camera1=DRONE, noise=0.3, outliers=0.2),
     ],
 )
-def test_a_pose_is_that_of_numpy(scene: Scene) -> None:
+def test_poses_agree_with_numpy(scene: Scene) -> None:
     for seed in range(2):
         for count in (20, 60, 300):
             ours = scene.estimate(count, seed)
@@ -92,14 +92,14 @@ def test_a_pose_is_that_of_numpy(scene: Scene) -> None:
 
 
 @needed
-def test_a_direction_without_matches_is_where_it_was() -> None:
+def test_without_matches_the_rotation_is_not_changed() -> None:
     matches = matches_of(np.random.default_rng(0), motion_of(np.random.default_rng(0)), 0)
     for motion in profile_directions(matches, [np.eye(3)], 1.0, 0.3):
         np.testing.assert_array_equal(motion.rotation, np.eye(3))
 
 
 @needed
-def test_equations_without_a_solution_are_the_same_error() -> None:
+def test_singular_equations_raise_the_same_error_as_numpy() -> None:
     # With such a small threshold the prior information remains zero, and no match constrains the rotation.
     nothing, shift = (
         matches_of(np.random.default_rng(0), motion_of(np.random.default_rng(0)), 0),
@@ -111,7 +111,7 @@ def test_equations_without_a_solution_are_the_same_error() -> None:
 
 
 @needed
-def test_what_does_not_belong_together_is_refused() -> None:
+def test_mismatched_arrays_are_refused() -> None:
     matches = matches_of(np.random.default_rng(0), motion_of(np.random.default_rng(0)), 5)
     for columns, rotation in ((matches.columns[:3], np.eye(3)), (matches.columns, np.eye(2))):
         with pytest.raises(ValueError, match="shape"):

@@ -21,14 +21,14 @@ from kpmatch_ros.ros.monitor import Monitor, Problem
 from kpmatch_ros.weights import WeightsError
 
 
-def thermal(view: np.ndarray, span: int = 600, level: int = 7000) -> np.ndarray:
+def thermal_image(view: np.ndarray, span: int = 600, level: int = 7000) -> np.ndarray:
     """Return a 14-bit image of a scene that uses a small part of the 16-bit range, with two defective pixels."""
     image = level + np.round(view.astype(float) / 255 * span).astype(np.uint16)
     image[3, 3], image[5, 9] = 0, 65535
     return image.astype(np.uint16)
 
 
-def mono16(pixels: np.ndarray) -> Any:
+def mono16_message(pixels: np.ndarray) -> Any:
     height, width = pixels.shape
     layout = {"height": height, "width": width, "step": 2 * width, "encoding": "mono16", "is_bigendian": 0}
     return SimpleNamespace(**layout, data=pixels.astype("<u2").tobytes())
@@ -46,32 +46,32 @@ def matches_of(images: list[np.ndarray]) -> int:
     return len(matcher.match(first, second).scores)
 
 
-def test_a_thermal_pair_matches_nearly_as_its_8_bit_version(views: list[np.ndarray]) -> None:
+def test_a_thermal_pair_matches_nearly_as_well_as_its_8_bit_version(views: list[np.ndarray]) -> None:
     stretch = Stretch()
-    stretched = [to_array(mono16(thermal(view)), scale=stretch.to_8_bits) for view in views[:2]]
-    divided = [to_array(mono16(thermal(view))) for view in views[:2]]
+    stretched = [to_array(mono16_message(thermal_image(view)), scale=stretch.to_8_bits) for view in views[:2]]
+    divided = [to_array(mono16_message(thermal_image(view))) for view in views[:2]]
     assert matches_of(stretched) > 0.9 * matches_of(views[:2]) > 50
     assert 3 * matches_of(divided) < matches_of(views[:2])
     assert stretch.used is not None and stretch.used == pytest.approx(400 / 65535, rel=0.3)
 
 
-def test_the_brightness_follows_slowly_and_begins_anew_after_a_jump(views: list[np.ndarray]) -> None:
+def test_the_brightness_adapts_slowly_and_restarts_after_a_jump(views: list[np.ndarray]) -> None:
     stretch = Stretch()
-    before = stretch.to_8_bits(thermal(views[0])[..., None])
-    lamp = thermal(views[0])
+    before = stretch.to_8_bits(thermal_image(views[0])[..., None])
+    lamp = thermal_image(views[0])
     lamp[:10, :20] = 12000  # 1 % of the pixels: a percentile of the frame alone would darken everything else
     after = stretch.to_8_bits(lamp[..., None])
     assert abs(float(np.median(before)) - float(np.median(after))) < 25
-    jumped = stretch.to_8_bits(thermal(views[0], level=9000)[..., None])
+    jumped = stretch.to_8_bits(thermal_image(views[0], level=9000)[..., None])
     assert np.abs(before[20:].astype(int) - jumped[20:]).max() <= 2
 
 
-def test_images_that_use_their_range_and_those_with_stretch_off_are_divided(views: list[np.ndarray]) -> None:
+def test_full_range_images_and_images_without_stretch_are_divided_by_257(views: list[np.ndarray]) -> None:
     full = np.linspace(0, 65535, 160 * 120).reshape(120, 160, 1).astype(np.uint16)
     stretch = Stretch()
     np.testing.assert_array_equal(stretch.to_8_bits(full), np.round(full / 257).astype(np.uint8))
     stretch.enabled = False
-    dark = thermal(views[0])[..., None]
+    dark = thermal_image(views[0])[..., None]
     np.testing.assert_array_equal(stretch.to_8_bits(dark), np.round(dark / 257).astype(np.uint8))
 
 
@@ -86,12 +86,14 @@ def test_images_that_use_their_range_and_those_with_stretch_off_are_divided(view
         (np.tile(np.linspace(0, 255, 80).astype(np.uint8), (60, 1)), None, ""),
     ],
 )
-def test_a_picture_without_keypoints_is_described(pixels: np.ndarray, used: float | None, said: str) -> None:
+def test_the_appearance_of_an_image_without_keypoints_is_described(
+    pixels: np.ndarray, used: float | None, said: str
+) -> None:
     text = appearance(pixels, used)
     assert said in text and bool(said) == bool(text)
 
 
-class Listening(Monitor):
+class MonitorWithClock(Monitor):
     """A monitor with its own clock, to which a pipeline can report."""
 
     def __init__(self) -> None:
@@ -99,18 +101,18 @@ class Listening(Monitor):
         super().__init__(clock=lambda: self.now)
 
 
-def test_a_second_of_frames_without_matches_is_a_problem_that_names_the_pictures(views: list[np.ndarray]) -> None:
+def test_frames_without_matches_for_a_second_are_reported_with_their_appearance(views: list[np.ndarray]) -> None:
     parameters = Parameters(matcher="nearest", device="cpu", precision="float32", max_keypoints=128)
-    monitor = Listening()
+    monitor = MonitorWithClock()
     front_end = FrontEnd(parameters)
     pipeline = Pipeline(front_end, ["/image"], lambda *_: None, lambda _: False, monitor, lambda *_, **__: _message())
-    told = []
+    reported = []
     for number, pixels in enumerate([views[0], *[np.zeros_like(views[0])] * 4, views[1], views[2]]):
         monitor.now = 0.5 * number
         pipeline.process([image_message(pixels, (number + 1) * 500_000_000, "", "mono8")])
-        told.append([problem.explanation for problem in monitor.problems()])
-    assert told[:3] == [[]] * 3 and not told[-1]
-    (text,) = told[4]
+        reported.append([problem.explanation for problem in monitor.problems()])
+    assert reported[:3] == [[]] * 3 and not reported[-1]
+    (text,) = reported[4]
     assert "nothing has matched for 2 s" in text and "0 keypoints" in text and "all dark" in text
 
 
@@ -118,8 +120,8 @@ def _message() -> Any:
     return SimpleNamespace(header=SimpleNamespace())
 
 
-def test_many_problems_make_one_sentence_a_kind_of_bounded_length() -> None:
-    monitor = Listening()
+def test_many_problems_give_one_sentence_per_kind_with_limited_length() -> None:
+    monitor = MonitorWithClock()
     for number in range(300):
         monitor.rejected("data", f"an image was rejected: holds {number} bytes of data " + 100 * "x")
         monitor.rejected(f"reason {number % 9}", 5000 * "y" + str(number % 9))
@@ -130,7 +132,7 @@ def test_many_problems_make_one_sentence_a_kind_of_bounded_length() -> None:
     assert len(text) < 4000 and text.count("bytes of data") == 1 and "\n" not in text
 
 
-def test_weights_that_are_a_fifo_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_weights_that_are_a_fifo_are_refused_without_waiting(tmp_path: Path) -> None:
     for name in ("weights.safetensors", "weights.pth"):
         os.mkfifo(tmp_path / name)
         with pytest.raises(WeightsError, match="FIFO"):
@@ -141,7 +143,7 @@ def test_weights_that_are_a_fifo_are_refused_and_not_waited_for(tmp_path: Path) 
         FeatureMatcher(extractor=str(tmp_path))
 
 
-def test_a_camera_that_uses_its_range_is_not_stretched_after_a_dark_image() -> None:
+def test_a_full_range_camera_is_not_stretched_after_a_dark_image() -> None:
     stretch, random = Stretch(), np.random.default_rng(0)
     full = random.integers(5000, 60000, (120, 160, 1), dtype=np.uint16)
     before = stretch.to_8_bits(full)

@@ -86,7 +86,7 @@ def test_an_extractor_keeps_its_weights_and_configuration(
 
 
 @pytest.mark.parametrize("model", ["lightglue", "superglue"])
-def test_a_matcher_alone_fits_a_file(authors_file: AuthorsFile, tmp_path: Path, model: str) -> None:
+def test_a_matcher_alone_can_be_written_to_one_file(authors_file: AuthorsFile, tmp_path: Path, model: str) -> None:
     source = authors_file(model)
     (written,) = convert(source, tmp_path / "net.safetensors")
     assert (written.model, written.precision) == (model, "float32")
@@ -135,7 +135,7 @@ def test_transformers_loads_a_superglue_folder_made_from_the_authors_files(
         assert torch.equal(theirs[name], tensor), name
 
 
-def test_a_superglue_that_transformers_saved_is_described_and_converted(
+def test_a_superglue_saved_by_transformers_is_described_and_converted(
     tmp_path: Path, small_superpoint: dict[str, Any], small_superglue: dict[str, Any]
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -189,7 +189,7 @@ def test_a_lightglue_with_the_authors_disk_inside_is_described_and_converted(
         ("", "disk", "disk"),
     ],
 )
-def test_an_option_that_a_network_does_not_know_is_named(
+def test_an_unknown_option_in_a_configuration_is_named(
     authors_file: AuthorsFile, tmp_path: Path, matcher: str, extractor: str, wrong: str
 ) -> None:
     detector, folder = authors_file(extractor), tmp_path / "folder"

@@ -55,10 +55,10 @@ def read(program: Program, kind: type, message: bytes) -> dict[str, Any]:
     return fields
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Convert a message to dicts, lists, numbers and text, as in the expected JSON."""
     if hasattr(value, "get_fields_and_field_types"):
-        return {name: plain(getattr(value, name)) for name in value.get_fields_and_field_types()}
+        return {name: to_plain(getattr(value, name)) for name in value.get_fields_and_field_types()}
     return value.tolist() if isinstance(value, array | np.ndarray) else value
 
 
@@ -99,7 +99,7 @@ def over_dds() -> Iterator[Callable[[Any], bytes]]:
 # Messages with random contents that keep the contract
 
 
-def flat(typecode: str, values: np.ndarray[Any, Any]) -> array[Any]:
+def to_array_of(typecode: str, values: np.ndarray[Any, Any]) -> array[Any]:
     return array(typecode, values.astype(typecode).tobytes())
 
 
@@ -118,13 +118,13 @@ def header(rng: np.random.Generator) -> Header:
 
 
 def pixels(rng: np.random.Generator, count: int, width: int, height: int) -> array[Any]:
-    return flat("f", rng.uniform(-0.5, (width - 0.5, height - 0.5), (count, 2)))
+    return to_array_of("f", rng.uniform(-0.5, (width - 0.5, height - 0.5), (count, 2)))
 
 
-def some_carried(rng: np.random.Generator, indices: np.ndarray) -> array[Any]:
+def some_not_detected(rng: np.random.Generator, indices: np.ndarray) -> array[Any]:
     """Return keypoint indices, about every fourth of which is NOT_DETECTED, except for the first two."""
     carried = (rng.uniform(size=len(indices)) < 0.25) & (np.arange(len(indices)) > 1)
-    return flat("I", np.where(carried, MatchArray.NOT_DETECTED, indices))
+    return to_array_of("I", np.where(carried, MatchArray.NOT_DETECTED, indices))
 
 
 def random_matches(rng: np.random.Generator, count: int, pairing: int, estimated: bool) -> MatchArray:
@@ -143,18 +143,18 @@ def random_matches(rng: np.random.Generator, count: int, pairing: int, estimated
         reference_num_keypoints=reference_detected,
         points=pixels(rng, count, width, height),
         reference_points=pixels(rng, count, reference_width, reference_height),
-        indices=some_carried(rng, rng.permutation(detected)[:count]),
-        reference_indices=some_carried(rng, rng.permutation(reference_detected)[:count]),
-        scores=flat("f", rng.uniform(0, 1, count)),
-        track_ids=flat("Q", rng.integers(0, 2**64, count if consecutive else 0, np.uint64)),
-        inliers=flat("B", rng.integers(0, 2, count if estimated else 0)),
+        indices=some_not_detected(rng, rng.permutation(detected)[:count]),
+        reference_indices=some_not_detected(rng, rng.permutation(reference_detected)[:count]),
+        scores=to_array_of("f", rng.uniform(0, 1, count)),
+        track_ids=to_array_of("Q", rng.integers(0, 2**64, count if consecutive else 0, np.uint64)),
+        inliers=to_array_of("B", rng.integers(0, 2, count if estimated else 0)),
         layers=int(rng.integers(0, 256)),
         reset=bool(rng.integers(0, 2)),
         extract_ms=float32(rng),
         match_ms=float32(rng),
         extractor=text(rng),
         matcher=text(rng),
-        sigmas=flat("f", rng.uniform(0.01, 2, count)),
+        sigmas=to_array_of("f", rng.uniform(0.01, 2, count)),
     )
 
 
@@ -193,9 +193,9 @@ def random_features(rng: np.random.Generator, count: int, descriptor_size: int =
         width=width,
         height=height,
         points=pixels(rng, count, width, height),
-        scores=flat("f", rng.uniform(0, 1, count)),
+        scores=to_array_of("f", rng.uniform(0, 1, count)),
         descriptor_size=descriptor_size,
-        descriptors=flat("f", descriptors / np.linalg.norm(descriptors, axis=1, keepdims=True)),
+        descriptors=to_array_of("f", descriptors / np.linalg.norm(descriptors, axis=1, keepdims=True)),
         extractor=text(rng),
     )
 
@@ -207,15 +207,13 @@ def test_cpp_reads_every_field_of_a_match_array(
     program: Program, over_dds: Callable[[Any], bytes], count: int, pairing: int, estimated: bool
 ) -> None:
     message = random_matches(np.random.default_rng([count, pairing, estimated]), count, pairing, estimated)
-    assert read(program, MatchArray, over_dds(message)) == plain(message)
+    assert read(program, MatchArray, over_dds(message)) == to_plain(message)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_cpp_reads_names_and_stamps_of_any_contents(
-    program: Program, over_dds: Callable[[Any], bytes], seed: int
-) -> None:
+def test_cpp_reads_arbitrary_names_and_stamps(program: Program, over_dds: Callable[[Any], bytes], seed: int) -> None:
     message = random_matches(np.random.default_rng(seed), 3, MatchArray.CONSECUTIVE, True)
-    assert read(program, MatchArray, over_dds(message)) == plain(message)
+    assert read(program, MatchArray, over_dds(message)) == to_plain(message)
 
 
 @pytest.mark.parametrize("metric", [True, False], ids=["metric", "unit"])
@@ -225,7 +223,7 @@ def test_cpp_reads_every_field_of_a_relative_pose(
 ) -> None:
     value = getattr(RelativePose, status)
     message = random_pose(np.random.default_rng([value, metric]), value, metric)
-    assert read(program, RelativePose, over_dds(message)) == plain(message)
+    assert read(program, RelativePose, over_dds(message)) == to_plain(message)
 
 
 @pytest.mark.parametrize("count", [0, 1, 1000])
@@ -233,7 +231,7 @@ def test_cpp_reads_every_field_of_a_feature_array(
     program: Program, over_dds: Callable[[Any], bytes], count: int
 ) -> None:
     message = random_features(np.random.default_rng(count), count)
-    assert read(program, FeatureArray, over_dds(message)) == plain(message)
+    assert read(program, FeatureArray, over_dds(message)) == to_plain(message)
 
 
 def without_last(field: str) -> Callable[[Any], None]:
@@ -333,7 +331,7 @@ def test_cpp_refuses_a_relative_pose_that_breaks_the_contract(
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 50, -1], ids=["no bytes", "a part of the head", "the head", "50", "most"])
-def test_cpp_refuses_a_message_that_was_cut_short(program: Program, length: int) -> None:
+def test_cpp_refuses_a_truncated_message(program: Program, length: int) -> None:
     message = serialize_message(random_matches(np.random.default_rng(0), 20, MatchArray.CONSECUTIVE, True))
     cut = message[:length] if length >= 0 else message[:-40]
     done = program(MatchArray, cut)
@@ -347,10 +345,10 @@ def test_cpp_refuses_a_message_that_was_cut_short(program: Program, length: int)
 def mono8(image: Pixels, sec: int) -> Image:
     height, width = image.shape
     head = Header(stamp=Time(sec=sec, nanosec=5), frame_id="camera_optical")
-    return Image(header=head, height=height, width=width, encoding="mono8", step=width, data=flat("B", image))
+    return Image(header=head, height=height, width=width, encoding="mono8", step=width, data=to_array_of("B", image))
 
 
-def test_cpp_reads_what_the_node_sends(
+def test_cpp_reads_the_messages_of_the_node(
     program: Program, tmp_path: Path, texture: Callable[[int, int, int], Pixels]
 ) -> None:
     topics = {"matches": MatchArray, "relative_pose": RelativePose, "features": FeatureArray}
@@ -374,7 +372,7 @@ def test_cpp_reads_what_the_node_sends(
         peer.wait_for(arrived, f"messages: {expected}")
 
     for topic, kind in topics.items():
-        assert [read(program, kind, message) for message in raw[topic]] == [plain(item) for item in received[topic]]
+        assert [read(program, kind, message) for message in raw[topic]] == [to_plain(item) for item in received[topic]]
 
     matches = read(program, MatchArray, raw["matches"][0])
     assert matches["header"] == {"stamp": {"sec": 2, "nanosec": 5}, "frame_id": "camera_optical"}

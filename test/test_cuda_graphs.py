@@ -41,7 +41,7 @@ def make(random_folder: Callable[..., Path]) -> Make:
     return build
 
 
-class Counting:
+class CountingRecorder:
     """Records, and counts the recordings."""
 
     def __init__(self, device: torch.device) -> None:
@@ -73,11 +73,11 @@ def random_features(matcher: FeatureMatcher, count: int, seed: int) -> Features:
     ],
     ids=str,
 )
-def test_after_warming_up_no_frame_is_recorded(
+def test_no_frame_records_a_graph_after_the_warm_up(
     make: Make, device: torch.device, texture: Any, options: dict[str, Any], layers: int
 ) -> None:
     matcher = make(device=str(device), **options)
-    recorder = Counting(device)
+    recorder = CountingRecorder(device)
     matcher.graphs = CudaGraphs(recorder)
     matcher.warm_up(128, 96)
     recorded = recorder.count
@@ -96,11 +96,11 @@ def test_after_warming_up_no_frame_is_recorded(
     assert recorder.count == recorded
 
 
-def test_after_warming_up_with_a_mask_an_image_with_one_is_not_recorded(
+def test_a_masked_image_records_no_graph_after_a_warm_up_with_a_mask(
     make: Make, device: torch.device, texture: Any, tmp_path: Path
 ) -> None:
     matcher = make(device=str(device), max_keypoints=100, mask=str(tmp_path / "body.png"))  # read by the front end
-    recorder = Counting(device)
+    recorder = CountingRecorder(device)
     matcher.graphs = CudaGraphs(recorder)
     matcher.warm_up(128, 96)
     recorded = recorder.count
@@ -108,7 +108,7 @@ def test_after_warming_up_with_a_mask_an_image_with_one_is_not_recorded(
     assert recorder.count == recorded
 
 
-def test_without_recordings_warming_up_matches_once(make: Make) -> None:
+def test_without_graphs_the_warm_up_matches_once(make: Make) -> None:
     matcher = make(max_keypoints=4096)
     calls: list[int] = []
     matcher.matcher.register_forward_hook(  # type: ignore[union-attr]
@@ -118,7 +118,7 @@ def test_without_recordings_warming_up_matches_once(make: Make) -> None:
     assert len(calls) == 1 and calls[0] > 0
 
 
-class Failing:
+class FailingRecorder:
     """Fails to record, after it has let other waiting threads run."""
 
     def __init__(self, others: list[threading.Thread]) -> None:
@@ -134,12 +134,12 @@ class Failing:
         raise RuntimeError("CUDA error: out of memory")
 
 
-def test_threads_that_waited_for_a_recording_that_failed_record_nothing(make: Make, texture: Any) -> None:
+def test_threads_that_waited_for_a_failed_recording_do_not_record(make: Make, texture: Any) -> None:
     matcher, image = make(max_keypoints=50), texture(64, 96, 0)
     expected = matcher.extract(image).numpy()
     found: list[Features] = []
     others = [threading.Thread(target=lambda: found.append(matcher.extract(image).numpy())) for _ in range(3)]
-    recorder = Failing(others)
+    recorder = FailingRecorder(others)
     matcher.graphs = CudaGraphs(recorder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -72,7 +72,7 @@ def read(path: Path) -> tuple[list[int], str]:
 
 
 @pytest.mark.parametrize("parts", [{}, {"compression": "zstd"}, {"message_indexes": False}, {"outside": 1}])
-def test_an_mcap_that_was_not_finished_is_read_up_to_its_last_whole_chunk(
+def test_an_unfinished_mcap_is_read_up_to_its_last_complete_chunk(
     kpmatch: Run, tmp_path: Path, parts: dict[str, Any]
 ) -> None:
     path = write_mcap(tmp_path / "drive.mcap", chunks=4, **parts)
@@ -92,7 +92,7 @@ def test_an_mcap_that_was_not_finished_is_read_up_to_its_last_whole_chunk(
     assert remarks in err and remarks in out
 
 
-def test_an_mcap_that_lacks_its_end_alone_is_read_whole(tmp_path: Path) -> None:
+def test_an_mcap_that_lacks_only_its_end_is_read_completely(tmp_path: Path) -> None:
     for parts in ({"chunks": 4}, {"chunks": 0}, {"summary": False}):
         path = write_mcap(tmp_path / "bag.mcap", **parts)
         data, footer, size = places(path, DATA_END)[0], places(path, FOOTER)[0], path.stat().st_size
@@ -105,7 +105,7 @@ def test_an_mcap_that_lacks_its_end_alone_is_read_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [{"chunks": 4}, {"chunks": 0}, {"chunks": 3, "outside": 1, "compression": "zstd"}])
-def test_wherever_an_mcap_was_cut_what_is_read_is_the_beginning(tmp_path: Path, parts: dict[str, Any]) -> None:
+def test_an_mcap_cut_at_any_byte_gives_the_messages_before_the_cut(tmp_path: Path, parts: dict[str, Any]) -> None:
     content = write_mcap(tmp_path / "whole.mcap", **parts).read_bytes()
     path, most = tmp_path / "cut.mcap", 0
     for end in [*range(0, len(content), 997), *range(len(content) - 60, len(content))]:
@@ -120,7 +120,7 @@ def test_wherever_an_mcap_was_cut_what_is_read_is_the_beginning(tmp_path: Path, 
     assert most == 8
 
 
-def test_an_unfinished_mcap_without_a_whole_message_is_refused(tmp_path: Path) -> None:
+def test_an_unfinished_mcap_without_a_complete_message_is_refused(tmp_path: Path) -> None:
     path = write_mcap(tmp_path / "bag.mcap")
     for end in (len(MAGIC) + 40, 5000):
         path.write_bytes(path.read_bytes()[:end])
@@ -133,7 +133,7 @@ def test_an_unfinished_mcap_without_a_whole_message_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("parts", [{}, {"summary": False}, {"chunk_indexes": False}, {"message_indexes": False}])
-def test_a_damaged_chunk_costs_its_own_messages_alone(kpmatch: Run, tmp_path: Path, parts: dict[str, Any]) -> None:
+def test_a_damaged_chunk_loses_only_its_own_messages(kpmatch: Run, tmp_path: Path, parts: dict[str, Any]) -> None:
     path = write_mcap(tmp_path / "drive.mcap", chunks=4, compression="zstd", **parts)
     begin, _ = places(path, CHUNK)[2]
     overwrite(path, begin + 1000, bytes(4096))
@@ -150,7 +150,7 @@ def test_a_damaged_chunk_costs_its_own_messages_alone(kpmatch: Run, tmp_path: Pa
 
 
 @pytest.mark.parametrize("summary", [True, False])
-def test_messages_before_damage_inside_a_chunk_that_is_not_compressed_are_kept(tmp_path: Path, summary: bool) -> None:
+def test_messages_before_the_damage_in_an_uncompressed_chunk_are_kept(tmp_path: Path, summary: bool) -> None:
     path = write_mcap(tmp_path / "bag.mcap", chunks=2, summary=summary)
     begin, end = places(path, CHUNK)[1]
     overwrite(path, end - len(raw_image(7)) - 22 - 9, b"\xff" * 9)  # the header of its last message
@@ -161,7 +161,7 @@ def test_messages_before_damage_inside_a_chunk_that_is_not_compressed_are_kept(t
     assert "at 1700000000.600000000 s" in remarks
 
 
-def test_where_a_chunks_length_is_lost_the_index_says_where_the_next_one_is(tmp_path: Path) -> None:
+def test_the_index_gives_the_next_chunk_if_a_chunks_length_is_lost(tmp_path: Path) -> None:
     path = write_mcap(tmp_path / "bag.mcap", chunks=4, statistics=False)  # without statistics the file is scanned
     begin, _ = places(path, CHUNK)[2]
     overwrite(path, begin, bytes(200))
@@ -171,7 +171,7 @@ def test_where_a_chunks_length_is_lost_the_index_says_where_the_next_one_is(tmp_
 
 
 @pytest.mark.parametrize("parts", [{"chunks": 4, "summary": False}, {"chunks": 0}])
-def test_where_a_length_is_lost_and_no_index_helps_reading_ends_there(tmp_path: Path, parts: dict[str, Any]) -> None:
+def test_reading_ends_at_a_lost_length_without_an_index(tmp_path: Path, parts: dict[str, Any]) -> None:
     path = write_mcap(tmp_path / "bag.mcap", **parts)
     begin, _ = places(path, CHUNK)[2] if parts["chunks"] else places(path, MESSAGE)[4]
     overwrite(path, begin, b"\xff" * 9)
@@ -182,7 +182,7 @@ def test_where_a_length_is_lost_and_no_index_helps_reading_ends_there(tmp_path: 
 
 
 @pytest.mark.parametrize("lost", [bytes(9), b"\xff" * 9])
-def test_damage_in_an_mcap_that_was_not_finished_is_not_taken_for_its_end(tmp_path: Path, lost: bytes) -> None:
+def test_damage_in_an_unfinished_mcap_is_not_mistaken_for_its_end(tmp_path: Path, lost: bytes) -> None:
     path = write_mcap(tmp_path / "bag.mcap", chunks=4)
     begin, _ = places(path, CHUNK)[1]
     path.write_bytes(path.read_bytes()[: places(path, DATA_END)[0][0]])
@@ -194,7 +194,7 @@ def test_damage_in_an_mcap_that_was_not_finished_is_not_taken_for_its_end(tmp_pa
         stamps_of(path)
 
 
-def test_a_damaged_index_costs_no_message(tmp_path: Path) -> None:
+def test_a_damaged_index_loses_no_message(tmp_path: Path) -> None:
     for code, at, content in ((DATA_END, 13, b"\xff" * 9), (FOOTER, 9, b"\xff" * 8), (FOOTER, 0, b"\xff" * 9)):
         path = write_mcap(tmp_path / "bag.mcap", chunks=4)
         overwrite(path, places(path, code)[0][0] + at, content)
@@ -202,7 +202,7 @@ def test_a_damaged_index_costs_no_message(tmp_path: Path) -> None:
         assert stamps == STAMPS and "bag.mcap: its index was not used, because it is damaged: " in remarks
 
 
-def test_topics_that_were_named_in_a_damaged_chunk_are_said_to_be_lost(tmp_path: Path) -> None:
+def test_topics_defined_in_a_damaged_chunk_are_reported_as_lost(tmp_path: Path) -> None:
     path = write_mcap(tmp_path / "bag.mcap", chunks=4, compression="zstd", summary=False)
     begin, _ = places(path, CHUNK)[0]
     overwrite(path, begin + 1000, bytes(4096))
@@ -210,7 +210,7 @@ def test_topics_that_were_named_in_a_damaged_chunk_are_said_to_be_lost(tmp_path:
         read(path)
 
 
-def test_a_bag_of_nothing_but_damaged_chunks_is_refused(kpmatch: Run, tmp_path: Path) -> None:
+def test_a_bag_with_only_damaged_chunks_is_refused(kpmatch: Run, tmp_path: Path) -> None:
     for summary in (True, False):
         path = write_mcap(tmp_path / "bag.mcap", chunks=2, compression="zstd", summary=summary)
         for begin, _ in places(path, CHUNK):
@@ -233,7 +233,7 @@ def database(tmp_path: Path) -> Path:
     return tmp_path / "bag" / "bag.db3"
 
 
-def test_a_damaged_database_is_read_around_its_damage(kpmatch: Run, database: Path, tmp_path: Path) -> None:
+def test_the_undamaged_part_of_a_database_is_read(kpmatch: Run, database: Path, tmp_path: Path) -> None:
     stamps = stamps_of(database)
     overwrite(database, database.stat().st_size * 93 // 100 // 4096 * 4096, bytes(8192))
     kept, remarks = read(database)
@@ -246,7 +246,7 @@ def test_a_damaged_database_is_read_around_its_damage(kpmatch: Run, database: Pa
     assert status == 0 and f"frames     {len(kept)} of" in out and "is malformed" in out and "is malformed" in err
 
 
-def test_wherever_a_database_was_cut_what_is_read_is_what_was_recorded(database: Path) -> None:
+def test_a_truncated_database_gives_only_recorded_messages(database: Path) -> None:
     whole = {found.stamp: bytes(found.message.data) for found in read_messages(database)}
     content, most = database.read_bytes(), 0
     for end in range(4096, len(content), 20_011):
@@ -264,7 +264,7 @@ def test_wherever_a_database_was_cut_what_is_read_is_what_was_recorded(database:
 
 
 @pytest.mark.parametrize("page", range(0, 190, 7))
-def test_no_lost_page_of_a_database_goes_unsaid(database: Path, page: int) -> None:
+def test_each_lost_page_of_a_database_is_reported(database: Path, page: int) -> None:
     """The database's own pages are checked. The last page of an image contains nothing that can be checked."""
     stamps = stamps_of(database)
     size = database.stat().st_size
@@ -278,7 +278,7 @@ def test_no_lost_page_of_a_database_goes_unsaid(database: Path, page: int) -> No
     assert bool(remarks) == (kept != stamps) or "index" in remarks
 
 
-def test_a_database_that_cannot_be_opened_has_the_remedy_of_a_database(database: Path) -> None:
+def test_a_database_that_cannot_be_opened_is_refused_with_the_sqlite_remedy(database: Path) -> None:
     overwrite(database, 100, bytes(3000))
     for path in (database, database.parent):
         with pytest.raises(BagError, match=rf"malformed; `sqlite3 {database} \.recover` may recover its content"):
@@ -286,7 +286,7 @@ def test_a_database_that_cannot_be_opened_has_the_remedy_of_a_database(database:
 
 
 @pytest.fixture
-def strings(tmp_path: Path) -> Path:
+def text_database(tmp_path: Path) -> Path:
     """A message on a topic of its own, then 2,000 small messages on /a, in a database without overflow pages."""
     store = typestore()
     with Writer(tmp_path / "small", version=8, storage_plugin=StoragePlugin.SQLITE3) as writer:
@@ -312,25 +312,25 @@ def numbers(path: Path, topic: str, remarks: list[str]) -> list[int]:
     return [int(found.message.data.split()[1]) for found in read_messages(path, [topic], remarks)]
 
 
-def test_a_lost_page_of_a_table_costs_its_own_messages_alone(strings: Path) -> None:
-    lost = lose_a_leaf(strings)
+def test_a_lost_page_of_a_table_loses_only_its_own_messages(text_database: Path) -> None:
+    lost = lose_a_leaf(text_database)
     remarks: list[str] = []
-    kept = numbers(strings, "/tf_static_like", remarks) + numbers(strings, "/a", remarks)
+    kept = numbers(text_database, "/tf_static_like", remarks) + numbers(text_database, "/a", remarks)
     assert lost and kept == [number for number in range(2001) if number not in lost]
     said = "\n".join(remarks)
     assert f"is damaged: database disk image is malformed; {len(lost)} messages in it cannot be read\n" in said
     assert f"messages were left out; the first one, in row {min(lost) + 1}, is damaged: " in said
-    assert [topic.num_messages for topic in bag_topics(strings)] == [2000 - len(lost), 1]
+    assert [topic.num_messages for topic in bag_topics(text_database)] == [2000 - len(lost), 1]
 
 
-def test_where_a_database_has_no_index_all_before_the_lost_page_is_read(strings: Path) -> None:
-    with closing(sqlite3.connect(strings)) as database:
+def test_without_an_index_all_messages_before_the_lost_page_are_read(text_database: Path) -> None:
+    with closing(sqlite3.connect(text_database)) as database:
         database.execute("DROP INDEX timestamp_idx")
-    lost = lose_a_leaf(strings)
-    assert numbers(strings, "/tf_static_like", []) + numbers(strings, "/a", []) == list(range(min(lost)))
+    lost = lose_a_leaf(text_database)
+    assert numbers(text_database, "/tf_static_like", []) + numbers(text_database, "/a", []) == list(range(min(lost)))
 
 
-def failing(function: Callable[..., Any], fault: Exception, place: int) -> Callable[..., Any]:
+def failing_at(function: Callable[..., Any], fault: Exception, place: int) -> Callable[..., Any]:
     """Return a function that raises an exception at one of its calls."""
     calls = itertools.count()
 
@@ -343,31 +343,31 @@ def failing(function: Callable[..., Any], fault: Exception, place: int) -> Calla
 
 
 @pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), MemoryError("no memory")])
-def test_a_machine_that_fails_is_no_damage_of_an_mcap(tmp_path: Path, monkeypatch: Monkey, fault: Exception) -> None:
+def test_io_or_memory_errors_are_not_damage_of_an_mcap(tmp_path: Path, monkeypatch: Monkey, fault: Exception) -> None:
     read_bytes = mcap_file.McapFile._exactly  # noqa: SLF001
     for summary, place in [(True, place) for place in range(32)] + [(False, place) for place in range(27)]:
         path = write_mcap(tmp_path / "bag.mcap", chunks=4, summary=summary)
-        monkeypatch.setattr(mcap_file.McapFile, "_exactly", failing(read_bytes, fault, place))
+        monkeypatch.setattr(mcap_file.McapFile, "_exactly", failing_at(read_bytes, fault, place))
         with pytest.raises(BagError, match=str(fault.args[-1])):
             read(path)
 
 
-def test_a_disk_that_fails_is_no_damage_of_a_database(strings: Path, monkeypatch: Monkey) -> None:
-    lose_a_leaf(strings)
+def test_a_disk_error_is_not_reported_as_damage_of_a_database(text_database: Path, monkeypatch: Monkey) -> None:
+    lose_a_leaf(text_database)
     fault, connect = sqlite3.OperationalError("disk I/O error"), sqlite3.connect
     for place in (*range(12), 700, 900, 1700, 3000):
-        execute = failing(sqlite3.Connection.execute, fault, place)
+        execute = failing_at(sqlite3.Connection.execute, fault, place)
         kind = type("Failing", (sqlite3.Connection,), {"execute": lambda *args, execute=execute: execute(*args)})
         monkeypatch.setattr(sqlite3, "connect", functools.partial(connect, factory=kind))
         with pytest.raises(BagError, match="disk I/O error"):
-            numbers(strings, "/a", [])
+            numbers(text_database, "/a", [])
 
 
 # several files of one bag
 
 
 @pytest.fixture(params=["mcap", "sqlite3"])
-def split(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def split_bag(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A bag in twelve files with two images each, without metadata.yaml."""
     (tmp_path / "drive").mkdir()
     for number in range(12):
@@ -380,52 +380,52 @@ def split(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "drive"
 
 
-def file_of(split: Path, number: int) -> Path:
-    (file,) = split.glob(f"drive_{number}.*")
+def file_of(split_bag: Path, number: int) -> Path:
+    (file,) = split_bag.glob(f"drive_{number}.*")
     return file
 
 
-def test_numbered_files_without_metadata_are_one_bag(kpmatch: Run, split: Path, tmp_path: Path) -> None:
-    stamps, remarks = read(split)
+def test_numbered_files_without_metadata_are_one_bag(kpmatch: Run, split_bag: Path, tmp_path: Path) -> None:
+    stamps, remarks = read(split_bag)
     assert stamps == [STAMPS[0] + number * 10**8 for number in range(24)]
-    first, last = file_of(split, 0).name, file_of(split, 11).name
+    first, last = file_of(split_bag, 0).name, file_of(split_bag, 11).name
     assert remarks == f"there is no metadata.yaml: 12 files were read as one bag: {first} to {last}"
-    file_of(split, 0).unlink()  # a recorder that is short of space deletes its oldest file
-    assert len(read(split)[0]) == 22
-    status, out, _ = kpmatch("bag", split, tmp_path / "out", *QUICK)
+    file_of(split_bag, 0).unlink()  # a recorder that is short of space deletes its oldest file
+    assert len(read(split_bag)[0]) == 22
+    status, out, _ = kpmatch("bag", split_bag, tmp_path / "out", *QUICK)
     assert status == 0 and "frames     22 of" in out and "there is no metadata.yaml" in out
 
 
-def test_files_of_several_bags_or_with_one_missing_are_not_taken_for_one(split: Path) -> None:
-    for change in (lambda: file_of(split, 5).rename(split / f"walk_5{file_of(split, 5).suffix}"),
-                   lambda: next(split.glob("walk_5*")).unlink()):  # fmt: skip
+def test_files_of_several_bags_or_with_a_gap_are_not_read_as_one_bag(split_bag: Path) -> None:
+    for change in (lambda: file_of(split_bag, 5).rename(split_bag / f"walk_5{file_of(split_bag, 5).suffix}"),
+                   lambda: next(split_bag.glob("walk_5*")).unlink()):  # fmt: skip
         change()
         with pytest.raises(BagError, match=r"files but no metadata\.yaml, and they are not numbered.*ros2 bag reindex"):
-            read(split)
+            read(split_bag)
 
 
-def test_a_damaged_file_among_several_is_a_gap(kpmatch: Run, split: Path, tmp_path: Path) -> None:
-    name = file_of(split, 3).name
-    file_of(split, 3).write_bytes(b"")
-    stamps, remarks = read(split)
+def test_a_damaged_file_of_a_split_bag_leaves_a_gap(kpmatch: Run, split_bag: Path, tmp_path: Path) -> None:
+    name = file_of(split_bag, 3).name
+    file_of(split_bag, 3).write_bytes(b"")
+    stamps, remarks = read(split_bag)
     assert stamps == [STAMPS[0] + number * 10**8 for number in range(24) if number not in (6, 7)]
     said = f"{name}: cannot be read, so its messages are missing: "
     assert said in remarks
     with pytest.raises(BagError, match=f"drive: cannot be read: {name}"):
-        stamps_of(split)
+        stamps_of(split_bag)
     (tmp_path / "all").mkdir()
-    split.rename(tmp_path / "all" / "drive")
+    split_bag.rename(tmp_path / "all" / "drive")
     status, printed, errors = kpmatch("archive", tmp_path / "all", tmp_path / "out", *QUICK)
     assert status == 0 and "1 done" in printed, errors
     row = table(tmp_path / "out")["drive"]
     assert row["state"] == "done" and row["frames"] == "22" and said in row["message"]
 
 
-def test_several_files_none_of_which_can_be_read_are_no_bag(split: Path) -> None:
+def test_a_split_bag_without_a_readable_file_is_refused(split_bag: Path) -> None:
     for number in range(12):
-        file_of(split, number).write_bytes(b"something else")
+        file_of(split_bag, number).write_bytes(b"something else")
     with pytest.raises(BagError, match=r"drive: none of its 12 files can be read: drive_0\.\w+: cannot be read"):
-        read(split)
+        read(split_bag)
 
 
 # definitions
@@ -448,7 +448,7 @@ _TIME = f"{'=' * 80}\nMSG: builtin_interfaces/Time\nint32 sec\nuint32 nanosec\n"
         ((_HEADER + _PIXELS + _NESTED).replace("\n", "\r\n"), ""),
     ],
 )
-def test_images_are_read_whatever_became_of_their_definition(tmp_path: Path, definition: str, said: str) -> None:
+def test_images_are_read_even_with_a_damaged_message_definition(tmp_path: Path, definition: str, said: str) -> None:
     path = write_mcap(tmp_path / "bag.mcap", schema_encoding="ros2msg", definition=definition)
     found = [bytes(found.message.data) for found in read_messages(path, [TOPIC])]
     assert found == [picture(number).tobytes() for number in range(8)]
@@ -462,7 +462,7 @@ def test_images_are_read_whatever_became_of_their_definition(tmp_path: Path, def
     [lambda _: "", lambda text: text.replace("\n", "\r\n"), lambda text: text.split("=" * 80)[0]],
     ids=["empty", "other line ends", "what it is made of left out"],
 )
-def test_calibration_is_read_whatever_became_of_its_definition(
+def test_calibration_is_read_even_with_a_damaged_message_definition(
     tmp_path: Path, storage: StoragePlugin, change: Callable[[str], str]
 ) -> None:
     store, camera = typestore(), demo_camera(160, 120)
@@ -477,7 +477,7 @@ def test_calibration_is_read_whatever_became_of_its_definition(
 # messages outside chunks
 
 
-def test_reading_a_topic_costs_nothing_of_the_contents_of_others(tmp_path: Path) -> None:
+def test_reading_a_topic_does_not_read_the_contents_of_others(tmp_path: Path) -> None:
     path = write_mcap(tmp_path / "bag.mcap", chunks=0, foreign=[("/points", "cdr", b"")], summary=False)
     content = path.read_bytes()
     end = places(path, DATA_END)[0][0]

@@ -21,7 +21,7 @@ OTHER = {"rotation": (-0.1, 0.05, 0.0), "translation": (-0.1, 0.3, 0.2)}
 
 @pytest.mark.parametrize("translation", [(0.25, -0.05, 0.1), (0.0, 0.0, 0.0)], ids=["moves", "turns"])
 @pytest.mark.usefixtures("geometry")
-def test_the_matches_that_decide_are_right_where_more_others_agree_on_another_motion(
+def test_decisive_matches_prevail_over_more_matches_with_another_motion(
     translation: tuple[float, float, float],
 ) -> None:
     scene = Scene(translation=translation, noise=0.2)
@@ -49,7 +49,7 @@ def test_the_matches_that_decide_are_right_where_more_others_agree_on_another_mo
     assert error > 0.05 and inliers[which == 1].mean() > 0.9
 
 
-def test_matches_without_a_direction_are_no_inliers_of_what_others_decide() -> None:
+def test_matches_without_a_direction_are_not_inliers_of_the_decisive_ones() -> None:
     points0, points1, _ = Scene(noise=0.2).matches(80, 0)
     points1[::4] = np.nan
     pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=np.arange(80) % 2 == 1)
@@ -58,7 +58,7 @@ def test_matches_without_a_direction_are_no_inliers_of_what_others_decide() -> N
 
 
 @pytest.mark.parametrize("decisive", [10, 30], ids=["too few", "most of them wrong"])
-def test_all_decide_where_those_that_should_give_no_pose(decisive: int) -> None:
+def test_all_matches_decide_if_the_decisive_ones_give_no_pose(decisive: int) -> None:
     points0, points1, _ = Scene(noise=0.2).matches(200, 0)
     points1[8:30] = np.random.default_rng(1).uniform((0, 0), (640, 480), (22, 2))
     pose, every = (
@@ -69,7 +69,7 @@ def test_all_decide_where_those_that_should_give_no_pose(decisive: int) -> None:
     np.testing.assert_array_equal(pose.rotation, every.rotation)
 
 
-def test_parallax_is_that_of_all_inliers() -> None:
+def test_the_parallax_is_that_of_all_inliers() -> None:
     far, near = (np.hstack(Scene(depth=depth).matches(n, 0)[:2]) for depth, n in (((4.0, 10.0), 60), ((1.0, 1.5), 90)))
     matches = np.concatenate([far, near])
     pose = estimate_relative_pose(matches[:, :2], matches[:, 2:], CAMERA, CAMERA, decisive=np.arange(150) < 60)
@@ -77,7 +77,7 @@ def test_parallax_is_that_of_all_inliers() -> None:
     assert pose.num_inliers > 140 and pose.median_parallax > 2 * alone.median_parallax
 
 
-def test_what_agrees_with_a_translation_that_is_not_believed_is_doubted_whether_it_decides_or_not() -> None:
+def test_matches_of_a_rejected_translation_are_undecided_even_if_decisive() -> None:
     """The camera turns, and something in one part of the picture moves, as in test_moving_things."""
     scene = Scene(translation=(0.0, 0.0, 0.0), noise=0.1)
     points0, points1, _ = scene.matches(400, 0)
@@ -93,7 +93,7 @@ def test_what_agrees_with_a_translation_that_is_not_believed_is_doubted_whether_
     assert not (pose.undecided & pose.inliers).any()
 
 
-def test_copies_of_matches_that_decide_change_nothing() -> None:
+def test_copies_of_decisive_matches_change_nothing() -> None:
     points0, points1, _ = Scene(noise=0.3, outliers=0.2).matches(120, 0)
     decisive = np.arange(120) % 2 == 0
     once = estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=decisive)
@@ -111,7 +111,7 @@ def test_a_mask_of_another_type_or_shape_is_refused(decisive: Any) -> None:
         estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=decisive)
 
 
-def test_few_refined_matches_decide_nothing_alone() -> None:
+def test_too_few_refined_matches_are_not_decisive() -> None:
     def decide(refined: int, min_inliers: int) -> bool:
         points0, points1, _ = Scene().matches(200, 0)
         decisive = decisive_matches(points0, points1, np.arange(200) < refined, min_inliers=min_inliers)
@@ -122,7 +122,7 @@ def test_few_refined_matches_decide_nothing_alone() -> None:
 
 
 @pytest.mark.parametrize("refine", [False, True])
-def test_a_front_end_takes_the_motion_of_the_surroundings_that_it_finds(refine: bool) -> None:
+def test_the_front_end_uses_the_motion_of_the_refined_matches(refine: bool) -> None:
     """Two thirds of the matches are wrong and agree on another motion, but their surroundings differ."""
     frames = list(demo_frames(2))
     camera = Camera.from_camera_info(frames[0].camera_info, rectified=False)

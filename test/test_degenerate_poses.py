@@ -27,7 +27,7 @@ TURN = cv2.Rodrigues(np.array([0.03, -0.1, 0.02]))[0]
 STEP = np.array([0.1, -0.05, 0.12])
 
 
-def seen(points: np.ndarray, camera: StereoCamera) -> list[np.ndarray]:
+def project_into_both_frames(points: np.ndarray, camera: StereoCamera) -> list[np.ndarray]:
     """Return left0, right0, left1, right1 of points (n, 3), including points behind a camera."""
     current = (points - STEP) @ TURN
     found = []
@@ -39,12 +39,12 @@ def seen(points: np.ndarray, camera: StereoCamera) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_the_points_of_one_line_give_no_motion_with_translation(noise: float) -> None:
+def test_points_on_one_line_give_no_translation(noise: float) -> None:
     for seed in range(8):
         random = np.random.default_rng(seed)
         along = np.array([*random.normal(size=2), random.uniform(-0.5, 0.5)])
         points = random.uniform(-1, 1, (60, 1)) * along / np.linalg.norm(along) + (0, 0, 4)
-        images = [pixels + random.normal(0, noise, pixels.shape) for pixels in seen(points, pair())]
+        images = [pixels + random.normal(0, noise, pixels.shape) for pixels in project_into_both_frames(points, pair())]
         pose = estimate_relative_pose(images[0], images[2], CAMERA, CAMERA, keypoint_resolution=1 / 32)
         two_view_scenes.check(pose, 60)
         assert pose.status is not PoseStatus.OK
@@ -53,18 +53,18 @@ def test_the_points_of_one_line_give_no_motion_with_translation(noise: float) ->
         assert pose.status is not PoseStatus.OK
 
 
-def test_the_points_of_one_line_through_the_image_still_give_a_stereo_motion_where_their_depths_differ() -> None:
+def test_points_on_one_image_line_with_different_depths_give_a_stereo_motion() -> None:
     random = np.random.default_rng(0)
     points = np.column_stack([random.uniform(-1, 1, 60), np.zeros(60), np.ones(60)]) * random.uniform(2, 6, (60, 1))
-    images = [pixels + random.normal(0, 0.2, pixels.shape) for pixels in seen(points, pair())]
+    images = [pixels + random.normal(0, 0.2, pixels.shape) for pixels in project_into_both_frames(points, pair())]
     pose = estimate_stereo_motion(*images, pair(), pair(), keypoint_resolution=0.0)
     assert pose.status is PoseStatus.OK and np.linalg.norm(pose.translation - STEP) < 0.05
 
 
-def test_copies_of_a_match_count_as_one() -> None:
+def test_copies_of_a_match_count_as_one_match() -> None:
     # Five points allow ten motions, or their noise decides. Twelve copies of the same five are not more certain.
     five = np.random.default_rng(0).uniform((-1, -1, 3), (1, 1, 6), (5, 3))
-    images = [np.tile(pixels, (12, 1)) for pixels in seen(five, pair())]
+    images = [np.tile(pixels, (12, 1)) for pixels in project_into_both_frames(five, pair())]
     poses = [
         estimate_relative_pose(images[0], images[2], CAMERA, CAMERA),
         estimate_stereo_motion(*images, pair(), pair()),
@@ -73,7 +73,7 @@ def test_copies_of_a_match_count_as_one() -> None:
         assert pose.status is PoseStatus.TOO_FEW_MATCHES and pose.num_matches == 60
 
 
-def test_a_pose_is_the_same_with_copies_of_its_matches() -> None:
+def test_copies_of_matches_do_not_change_the_pose() -> None:
     random = np.random.default_rng(1)
     order = random.permutation(np.arange(200) % 120)
     first = np.sort(np.unique(order, return_index=True)[1])  # the order of the matches must not matter
@@ -99,7 +99,7 @@ def test_a_pose_is_the_same_with_copies_of_its_matches() -> None:
     )
 
 
-def test_points_that_another_frame_sees_as_one_give_no_motion() -> None:
+def test_points_that_coincide_in_the_current_frame_give_no_stereo_motion() -> None:
     # From far enough away, all points appear as one. P3P finds a position 1e13 metres away.
     for seed in range(10):
         left0, right0, left1, _ = stereo_scenes.Scene(unmatched=0.0).pixels(60, seed)[0]
@@ -109,7 +109,7 @@ def test_points_that_another_frame_sees_as_one_give_no_motion() -> None:
         assert not pose.status.has_pose
 
 
-def test_a_point_at_a_cameras_centre_is_not_ahead_of_it() -> None:
+def test_a_point_at_a_cameras_centre_does_not_count_as_in_front_of_it() -> None:
     # The right camera is in front of the left camera: the left camera's principal ray passes through the right camera.
     camera = StereoCamera(CAMERA, CAMERA, np.eye(3), np.array([0.0, 0.0, -0.1]))
     right = np.random.default_rng(0).uniform((0, 0), (640, 480), (60, 2))
@@ -124,7 +124,7 @@ def test_a_point_at_a_cameras_centre_is_not_ahead_of_it() -> None:
         assert left.squares[i] >= BEHIND**2 and np.abs(left.jacobian).max() < 1e30
 
 
-def test_a_plane_through_points_of_one_line_has_no_second_motion() -> None:
+def test_a_plane_from_coincident_points_gives_finite_motions() -> None:
     # x + y = -1: the term that regularises the equations of a plane cancels.
     pixels = CAMERA.project(np.tile([[-0.5, -0.5]], (20, 1)))
     matches, _ = normalise_matches(pixels, pixels + 1.0, CAMERA, CAMERA)
@@ -132,7 +132,7 @@ def test_a_plane_through_points_of_one_line_has_no_second_motion() -> None:
         assert np.isfinite(motion.translation).all()
 
 
-def test_the_motions_of_a_plane_that_goes_nearly_through_a_camera_are_rotations() -> None:
+def test_motions_of_a_plane_nearly_through_a_camera_have_valid_rotations() -> None:
     # OpenCV's function loses precision in this case.
     random, found = np.random.default_rng(0), 0
     for _ in range(50):
@@ -151,7 +151,7 @@ def test_the_motions_of_a_plane_that_goes_nearly_through_a_camera_are_rotations(
     assert found > 20
 
 
-def test_one_point_through_a_lens_that_enlarges_a_thousand_times_leaves_the_profile_regular() -> None:
+def test_one_point_with_an_extreme_focal_length_gives_finite_directions() -> None:
     camera = Camera(4096, 3000, np.array([[3.6864e6, 0, 2048], [0, 3.6864e6, 1500], [0, 0, 1]]))
     point = np.tile([[2048.0, 1500.0]], (60, 1))
     moved = point + np.random.default_rng(0).normal(0, 0.01, (60, 2))
@@ -160,7 +160,7 @@ def test_one_point_through_a_lens_that_enlarges_a_thousand_times_leaves_the_prof
     assert found and all(np.isfinite(motion.rotation).all() for motion in found)
 
 
-def test_half_of_the_matches_are_within_the_cutoff_where_one_condition_leaves_nothing() -> None:
+def test_the_cutoff_keeps_half_of_the_matches_if_one_residual_component_is_zero() -> None:
     residuals = np.array([np.random.default_rng(0).normal(0, 0.5, 100), np.zeros(100)])
     assert (lengths(residuals) < tukey_cutoff(residuals, 2.0, 0.0)).mean() > 0.5
     points = np.random.default_rng(0).uniform((0, 0), (640, 480), (100, 2))
@@ -185,7 +185,9 @@ def hostile_scene(random: np.random.Generator) -> tuple[StereoCamera, list[np.nd
     rays = np.column_stack([random.uniform(-0.4, 0.4, (60, 2)), np.ones(60)])
     kind = random.integers(5)
     inverse_depths = [rays @ (0.12, -0.03, 0.2), np.full(60, 1e-9), random.choice([-0.3, 0.3], 60)]
-    images = seen(rays / (inverse_depths[kind] if kind < 3 else random.uniform(0.1, 0.5, 60))[:, None], camera)
+    images = project_into_both_frames(
+        rays / (inverse_depths[kind] if kind < 3 else random.uniform(0.1, 0.5, 60))[:, None], camera
+    )
     for image in images:
         image += random.normal(0, random.choice([0.0, 0.3]), image.shape)
     for _ in range(random.integers(3)):
@@ -208,7 +210,7 @@ def hostile_scene(random: np.random.Generator) -> tuple[StereoCamera, list[np.nd
     return camera, [image.astype(random.choice([np.float32, np.float64])) for image in images]
 
 
-def test_any_scene_gives_a_pose_or_the_reason_why_there_is_none() -> None:
+def test_any_scene_gives_a_pose_or_a_status_without_one() -> None:
     statuses = set()
     for seed in range(40):
         random = np.random.default_rng(seed)
@@ -236,7 +238,7 @@ def test_any_scene_gives_a_pose_or_the_reason_why_there_is_none() -> None:
 
 
 @pytest.mark.parametrize("image", [0, 1])
-def test_points_that_an_image_shows_as_one_give_no_motion(image: int) -> None:
+def test_points_that_coincide_in_one_image_give_no_motion(image: int) -> None:
     for seed in range(4):
         random = np.random.default_rng(seed)
         points = [random.uniform((0, 0), (639, 479), (80, 2)), np.full((80, 2), 100.0)]

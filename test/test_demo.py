@@ -24,7 +24,7 @@ from kpmatch_ros.cli import main
 FRAMES = 4
 
 
-def test_the_demo_shows_figures_close_to_the_truth_and_leaves_a_picture_the_bag_and_a_log(tmp_path: Path) -> None:
+def test_the_demo_prints_accurate_figures_and_writes_images_bag_and_log(tmp_path: Path) -> None:
     # A single test for everything, because it starts a node.
     command = [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "the demo", "--frames", str(FRAMES)]
     # The output of an earlier run is replaced.
@@ -81,7 +81,7 @@ def test_the_node_ends_with_the_demo(tmp_path: Path) -> None:
     ("module", "said"),
     [("rclpy", "ROS 2 is not installed"), ("kpmatch_ros.msg", "messages of kpmatch_ros are not built")],
 )
-def test_without_ros_or_messages_it_says_what_to_do(
+def test_without_ros_or_messages_the_demo_prints_a_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, module: str, said: str
 ) -> None:
     monkeypatch.delitem(sys.modules, "kpmatch_ros.ros.player", raising=False)
@@ -92,7 +92,7 @@ def test_without_ros_or_messages_it_says_what_to_do(
     assert not list(tmp_path.iterdir())
 
 
-def test_where_ros_may_not_write_a_log_it_says_what_to_set(tmp_path: Path) -> None:
+def test_an_unwritable_ros_log_folder_is_reported_with_a_remedy(tmp_path: Path) -> None:
     pytest.importorskip("rclpy")
     done = subprocess.run(
         [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "out", "--frames", "2"],
@@ -102,14 +102,16 @@ def test_where_ros_may_not_write_a_log_it_says_what_to_set(tmp_path: Path) -> No
     assert done.returncode == 2 and "/proc/log" in done.stderr and "set ROS_LOG_DIR" in done.stderr
 
 
-def test_a_file_in_the_place_of_the_folder_is_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_file_with_the_name_of_the_output_folder_is_not_changed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("mine")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["bag", "frame0.png", "frame1.png", "matches.png", "node.log"])
-def test_what_the_demo_did_not_make_is_left_alone(
+def test_files_that_the_demo_did_not_write_are_not_changed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
 ) -> None:
     pytest.importorskip("rclpy")
@@ -126,9 +128,7 @@ def test_what_the_demo_did_not_make_is_left_alone(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_what_lies_in_the_demos_bag_and_is_not_the_demos_is_left_alone(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_demo_bag_with_foreign_files_is_not_replaced(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("rclpy")
     unpack_demo_bag(tmp_path / "bag", 2)
     for path in (tmp_path / "bag" / "notes.txt", tmp_path / "frame0.png"):
@@ -138,7 +138,7 @@ def test_what_lies_in_the_demos_bag_and_is_not_the_demos_is_left_alone(
     assert (tmp_path / "bag" / "notes.txt").read_text() == (tmp_path / "frame0.png").read_text() == "mine"
 
 
-def test_a_frames_calibration_has_arrived_before_its_image_is_sent() -> None:
+def test_an_image_is_sent_after_its_calibration_is_acknowledged() -> None:
     pytest.importorskip("rclpy")
     from kpmatch_ros.ros.player import RecordedFrame, send
 
@@ -154,7 +154,7 @@ def test_a_single_frame_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "at least 2" in capsys.readouterr().err
 
 
-def test_a_demo_longer_than_its_bag_walks_back_and_forth() -> None:
+def test_a_demo_longer_than_its_bag_plays_it_forwards_and_backwards() -> None:
     frames = list(demo_frames(24))
     assert all(later.stamp - earlier.stamp == 10**8 for earlier, later in itertools.pairwise(frames))
     for number, again in ((10, 12), (1, 21), (0, 22), (1, 23)):  # of 12 frames

@@ -20,12 +20,12 @@ from kpmatch_ros.runtime.device import choose_device, choose_precision, resident
 PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=300)
 
 
-def test_a_gpu_that_is_not_there_is_refused() -> None:
+def test_a_missing_gpu_is_refused() -> None:
     with pytest.raises(ParameterError, match=r"device is 'cuda:99', but PyTorch .* sees \d+ GPUs; use cpu or auto"):
         choose_device("cuda:99")
 
 
-def test_the_processor_computes_in_what_it_can() -> None:
+def test_the_cpu_uses_a_supported_precision() -> None:
     cpu = torch.device("cpu")
     assert choose_device("cpu") == cpu
     assert choose_precision("auto", cpu) in (torch.float32, torch.bfloat16)
@@ -36,7 +36,7 @@ def test_the_processor_computes_in_what_it_can() -> None:
 
 
 @pytest.mark.parametrize(("capability", "usable"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
-def test_what_pytorch_is_told_to_do_without_is_not_used(
+def test_cpu_features_that_pytorch_may_not_use_are_not_used(
     capability: str, usable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"sse2", "avx2", "avx512_bf16", "amx_bf16"}))
@@ -46,7 +46,7 @@ def test_what_pytorch_is_told_to_do_without_is_not_used(
     assert "sse2" in processor.processor_features()
 
 
-def test_what_an_arm_processor_has_is_used_whatever_pytorch_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_of_an_arm_processor_is_used_for_any_pytorch_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"asimd", "bf16"}))
     for capability in ("DEFAULT", "SVE256"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
@@ -71,7 +71,7 @@ assert torch.allclose(attend(heads, heads, heads, None).float(), attend(*3 * [he
 """
 
 
-def test_a_limit_on_the_processor_s_instructions_leaves_it_working(tmp_path: Path) -> None:
+def test_matching_works_with_a_limit_on_cpu_instructions(tmp_path: Path) -> None:
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("ATEN_CPU_CAPABILITY=avx2 is no limit for this processor")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
@@ -81,7 +81,7 @@ def test_a_limit_on_the_processor_s_instructions_leaves_it_working(tmp_path: Pat
 
 
 @pytest.mark.parametrize("tiles", [False, True])
-def test_attention_is_left_to_pytorch_where_the_processor_multiplies_in_tiles(
+def test_attention_is_computed_by_pytorch_on_processors_with_amx(
     tiles: bool, random_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kpmatch_ros.feature_matcher.has_amx", lambda: tiles)
@@ -91,7 +91,7 @@ def test_attention_is_left_to_pytorch_where_the_processor_multiplies_in_tiles(
     assert ways == {not tiles}
 
 
-def test_threads_are_as_many_as_chosen_and_with_zero_as_many_as_before() -> None:
+def test_threads_sets_the_number_of_threads_and_zero_restores_it() -> None:
     before = torch.get_num_threads()
 
     def used(threads: int) -> int:
@@ -102,12 +102,12 @@ def test_threads_are_as_many_as_chosen_and_with_zero_as_many_as_before() -> None
         assert [used(threads) for threads in (0, 2, 3, 0)] == [before, 2, 3, before]
         assert used(2) == 2
         torch.set_num_threads(4)
-        assert used(0) == 4, "as the program chose itself in the meantime"
+        assert used(0) == 4, "the number that the program set in the meantime"
     finally:
         torch.set_num_threads(before)
 
 
-def test_memory_stays_flat_over_many_frames(random_folder: Callable[..., Path], texture: Any) -> None:
+def test_memory_stays_constant_over_many_frames(random_folder: Callable[..., Path], texture: Any) -> None:
     matcher = FeatureMatcher.from_pretrained(random_folder(), device="cpu", precision="float32")
     images = [texture(64, 96, seed) for seed in range(5)]
     previous = matcher.extract(images[0])

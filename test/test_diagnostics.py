@@ -49,37 +49,37 @@ class FakeNode:
         return "/matcher"
 
 
-def test_what_is_newly_wrong_is_told_at_once_and_once_between_two_regular_messages() -> None:
+def test_a_new_problem_is_published_at_once_but_only_once_between_regular_messages() -> None:
     node, wrong = FakeNode(), []
     monitor = Monitor()
-    told = Diagnostics(node, monitor, lambda: Condition("active", "", "", list(wrong)))  # type: ignore[arg-type]
+    diagnostics = Diagnostics(node, monitor, lambda: Condition("active", "", "", list(wrong)))  # type: ignore[arg-type]
 
-    def heard() -> list[str]:
+    def published_texts() -> list[str]:
         messages = [array.status[0].message for array in node.said]
         node.said.clear()
         return messages
 
-    told.every_second()
+    diagnostics.every_second()
     monitor.received()
-    told.every_second()
-    told.watch()
-    assert heard() == ["waiting for images", "matching"], "nothing is new"
+    diagnostics.every_second()
+    diagnostics.watch()
+    assert published_texts() == ["waiting for images", "matching"], "nothing is new"
     wrong.append(Problem("one", "the first"))
-    told.watch()
-    told.watch()
-    assert heard() == ["the first"]
+    diagnostics.watch()
+    diagnostics.watch()
+    assert published_texts() == ["the first"]
     wrong.append(Problem("two", "the second"))
-    told.watch()
-    assert heard() == [], "one early message was sent already"
-    told.every_second()
-    told.watch()
-    assert heard() == ["the first; the second"]
+    diagnostics.watch()
+    assert published_texts() == [], "one early message was sent already"
+    diagnostics.every_second()
+    diagnostics.watch()
+    assert published_texts() == ["the first; the second"]
     wrong.append(Problem("three", "the third"))
-    told.watch()
-    assert heard() == ["the first; the second; the third"]
+    diagnostics.watch()
+    assert published_texts() == ["the first; the second; the third"]
 
 
-def test_what_is_wrong_with_every_frame_takes_no_memory_for_each() -> None:
+def test_a_problem_of_every_frame_does_not_accumulate_memory() -> None:
     monitor = Monitor()
     tracemalloc.start()
     try:
@@ -90,26 +90,26 @@ def test_what_is_wrong_with_every_frame_takes_no_memory_for_each() -> None:
     finally:
         tracemalloc.stop()
     assert held < 5 * 10**6
-    told = [(problem.kind, problem.explanation.strip()) for problem in monitor.problems()]
-    assert told == [("rejected: size", "99"), ("frame", "99")]
+    reported = [(problem.kind, problem.explanation.strip()) for problem in monitor.problems()]
+    assert reported == [("rejected: size", "99"), ("frame", "99")]
 
 
-def test_a_message_tells_of_all_that_was_wrong_before_its_stamp() -> None:
+def test_a_message_contains_all_problems_before_its_stamp() -> None:
     node = FakeNode()
-    asked: list[int] = []
+    times_of_requests: list[int] = []
 
     def condition() -> Condition:
-        asked.append(node.get_clock().now().to_msg().sec)
-        return Condition("active", "", "", [Problem(str(len(asked)), "odd")])
+        times_of_requests.append(node.get_clock().now().to_msg().sec)
+        return Condition("active", "", "", [Problem(str(len(times_of_requests)), "odd")])
 
-    told = Diagnostics(node, Monitor(), condition)  # type: ignore[arg-type]
-    told.every_second()
-    told.watch()
+    diagnostics = Diagnostics(node, Monitor(), condition)  # type: ignore[arg-type]
+    diagnostics.every_second()
+    diagnostics.watch()
     assert len(node.said) == 2
-    assert all(array.header.stamp.sec < when for array, when in zip(node.said, asked))
+    assert all(array.header.stamp.sec < when for array, when in zip(node.said, times_of_requests))
 
 
-def test_a_publisher_whose_nodes_name_is_not_known_yet_is_no_sender_of_another_name() -> None:
+def test_a_publisher_of_a_node_of_unknown_name_is_not_a_second_sender() -> None:
     camera = SimpleNamespace(node_name="camera", node_namespace="/", endpoint_gid=[1])
     restarted = SimpleNamespace(
         node_name="_NODE_NAME_UNKNOWN_", node_namespace="_NODE_NAMESPACE_UNKNOWN_", endpoint_gid=[2]
@@ -119,7 +119,7 @@ def test_a_publisher_whose_nodes_name_is_not_known_yet_is_no_sender_of_another_n
 
 
 @pytest.mark.parametrize(("queue", "least"), [("latest", 1), ("all", 50)])
-def test_a_replay_waits_for_a_subscriber_that_is_held_up(queue: str, least: int) -> None:
+def test_with_queue_all_the_publishers_keep_50_messages_for_slow_subscribers(queue: str, least: int) -> None:
     node = FakeNode()
     Outputs(node, Parameters(queue=queue, mode="stereo", publish_odometry=True, device="cpu"))  # type: ignore[arg-type]
     del node.depths["match_image"]  # a picture for viewing: only the newest matters

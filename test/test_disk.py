@@ -106,7 +106,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Ours:
 @pytest.mark.parametrize(
     ("seed", "border", "layout"), [(0, 2, torch.contiguous_format), (1, 0, torch.channels_last)], ids=str
 )
-def test_finds_and_describes_the_keypoints_of_the_definition(
+def test_keypoints_and_descriptors_equal_the_dense_reference(
     picture: Callable[..., Tensor],
     ours: Ours,
     seed: int,
@@ -126,7 +126,7 @@ def test_finds_and_describes_the_keypoints_of_the_definition(
         assert torch.allclose(found[point][1], descriptor, atol=1e-4)
 
 
-def test_activation_is_an_instance_norm_in_every_layout_and_far_from_zero(picture: Callable[..., Tensor]) -> None:
+def test_the_activation_is_an_accurate_instance_norm_in_every_layout(picture: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 200, 300) * torch.tensor([0.01, 0.1, 1, 10, 100])[:, None, None] + 30
     gate = torch.nn.PReLU(5).requires_grad_(False)
@@ -148,7 +148,7 @@ def test_a_strict_maximum_is_larger_than_every_neighbour(radius: int) -> None:
         assert bool(found[image, row, column]) == (rivals == 0)
 
 
-def test_an_image_smaller_than_the_network_halves_it_is_looked_at(ours: Ours) -> None:
+def test_an_image_smaller_than_the_networks_downsampling_gives_valid_keypoints(ours: Ours) -> None:
     for height, width in ((5, 5), (1, 30), (4, 3)):
         found = ours(border_removal_distance=0, keypoint_threshold=-100.0)(torch.rand(1, 3, height, width))
         assert found.mask.any() and torch.isfinite(found.scores).all() and torch.isfinite(found.descriptors).all()
@@ -162,13 +162,13 @@ def test_an_image_of_one_colour_has_no_keypoints(ours: Ours) -> None:
     assert [tuple(each.shape) for each in found] == [(2, 0, 2), (2, 0), (2, 0, DIM), (2, 0), (2,)]
 
 
-def test_images_of_a_batch_give_what_each_gives_alone(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_a_batch_gives_the_same_keypoints_as_its_images_one_by_one(ours: Ours, picture: Callable[..., Tensor]) -> None:
     model = ours()
     images = torch.stack([picture(64, 96, 1), picture(64, 96, 2), picture(64, 96, 3) * 0.01])
     assert_a_batch_gives_what_each_gives_alone(model, images, 1e-3)
 
 
-def test_a_grey_image_is_seen_as_one_of_three_equal_colours(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_a_grey_image_gives_the_same_result_as_three_equal_channels(ours: Ours, picture: Callable[..., Tensor]) -> None:
     grey = picture(64, 96)[None, :1]
     model = ours()
     for one, three in zip(model(grey), model(grey.repeat(1, 3, 1, 1))):
@@ -176,7 +176,7 @@ def test_a_grey_image_is_seen_as_one_of_three_equal_colours(ours: Ours, picture:
     assert not torch.equal(model(grey).keypoints, model(picture(64, 96)[None]).keypoints)
 
 
-def test_keypoints_come_best_first_and_the_best_are_kept(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_keypoints_are_sorted_by_score_and_the_best_are_kept(ours: Ours, picture: Callable[..., Tensor]) -> None:
     image = picture(64, 96)[None]
     every, few = ours()(image), ours(max_keypoints=10)(image)
     assert (every.scores[0].diff() <= 0).all()
@@ -184,7 +184,7 @@ def test_keypoints_come_best_first_and_the_best_are_kept(ours: Ours, picture: Ca
     assert torch.allclose(few.descriptors.norm(dim=-1), torch.ones(1, 10))
 
 
-def test_the_radius_the_border_and_the_threshold_are_followed(ours: Ours, picture: Callable[..., Tensor]) -> None:
+def test_the_nms_radius_the_border_and_the_threshold_are_respected(ours: Ours, picture: Callable[..., Tensor]) -> None:
     image = picture(64, 96)[None]
     usual = ours()(image)
     sparse = ours(nms_radius=6)(image).keypoints[0]
@@ -200,9 +200,7 @@ def test_the_radius_the_border_and_the_threshold_are_followed(ours: Ours, pictur
     assert laxer.mask.sum() > usual.mask.sum() and laxer.scores.min() < 0 and torch.isfinite(laxer.scores).all()
 
 
-def test_half_precision_finds_most_keypoints_and_scores_them_in_single(
-    ours: Ours, picture: Callable[..., Tensor]
-) -> None:
+def test_half_precision_finds_most_keypoints_and_returns_float32(ours: Ours, picture: Callable[..., Tensor]) -> None:
     model, image = ours(max_keypoints=60), picture(64, 96)[None]
     (single,) = as_found(model(image))
     found = model.to(torch.bfloat16)(image)
@@ -213,7 +211,7 @@ def test_half_precision_finds_most_keypoints_and_scores_them_in_single(
 # Files
 
 
-def test_weights_that_were_saved_load_again(ours: Ours, picture: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_saved_weights_load_again(ours: Ours, picture: Callable[..., Tensor], tmp_path: Path) -> None:
     model, image = ours(), picture(64, 96)[None]
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**model.config, "model_type": "disk"}))
@@ -221,7 +219,7 @@ def test_weights_that_were_saved_load_again(ours: Ours, picture: Callable[..., T
         assert torch.equal(before, after)
 
 
-def test_the_detector_inside_a_matchers_folder_is_found(
+def test_the_detector_in_a_matchers_folder_is_loaded(
     ours: Ours, picture: Callable[..., Tensor], random_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = json.loads((random_folder() / "config.json").read_text())
@@ -253,7 +251,7 @@ def test_a_file_that_lacks_tensors_or_is_another_network_is_refused(
 
 
 @pytest.mark.parametrize(("height", "width"), [(160, 240), (203, 317)])
-def test_real_weights_find_what_kornia_finds(
+def test_real_weights_find_the_same_keypoints_as_kornia(
     fetched: Callable[[str], Path], picture: Callable[..., Tensor], height: int, width: int
 ) -> None:
     feature = pytest.importorskip("kornia.feature")

@@ -38,9 +38,7 @@ def node() -> Iterator[Any]:
         rclpy.shutdown(context=context)
 
 
-def test_a_middleware_without_events_costs_the_events_and_not_the_node(
-    node: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_node_works_with_a_middleware_without_events(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def create_event_handlers(self: Any, group: Any, entity: Any, topic: str) -> list[EventHandler]:
         if self.incompatible_qos is not None or self.use_default_callbacks:
             raise UnsupportedEventTypeError("as rclpy of Humble does")
@@ -63,13 +61,13 @@ def test_a_middleware_without_events_costs_the_events_and_not_the_node(
     assert subscription.event_handlers == publisher.event_handlers == []
 
 
-def test_where_the_middleware_has_events_they_are_kept(node: Any) -> None:
+def test_events_are_used_if_the_middleware_has_them(node: Any) -> None:
     heard = qos.SubscriptionEventCallbacks(incompatible_qos=print, use_default_callbacks=False)
     subscription = qos.with_events(node.create_subscription, Image, "image", ignore, 1, event_callbacks=heard)
     assert len(subscription.event_handlers) == 1
 
 
-def test_humbles_name_of_the_module_with_the_events_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_event_module_is_found_under_its_name_in_humble(monkeypatch: pytest.MonkeyPatch) -> None:
     humbles = ModuleType("rclpy.qos_event")
     for name in ("PublisherEventCallbacks", "SubscriptionEventCallbacks", "UnsupportedEventTypeError"):
         setattr(humbles, name, type(name, (Exception,), {}))
@@ -82,7 +80,7 @@ def test_humbles_name_of_the_module_with_the_events_is_known(monkeypatch: pytest
     assert module.SubscriptionEventCallbacks is humbles.SubscriptionEventCallbacks
 
 
-def test_the_second_environment_differs_from_the_first_in_nothing_but_ros() -> None:
+def test_the_kilted_environment_differs_only_in_its_ros_packages() -> None:
     """It has the versions of requirements-dev.txt, and only known ROS packages are missing."""
     lines = (ROOT / "requirements-kilted.txt").read_text().splitlines()
     assert "-c requirements-dev.txt" in lines

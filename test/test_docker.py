@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ["launch", "kpmatch_ros", "matcher.launch.py"]
 
 
-def asked_of_ros2(folder: Path, namespace: str | None, *words: str) -> tuple[int, list[str]]:
+def commands_given_to_ros2(folder: Path, namespace: str | None, *words: str) -> tuple[int, list[str]]:
     """Return the entry point's exit status, and the commands that it gave to a `ros2` which reports an active node."""
     script = (ROOT / "docker" / "entrypoint.sh").read_text().replace("/workspace", str(folder))
     (folder / "install").mkdir()
@@ -34,23 +34,26 @@ def test_a_container_without_a_namespace_starts_the_node(
     tmp_path: Path, namespace: str | None, words: list[str]
 ) -> None:
     """ros2 launch refuses `namespace:=` as malformed."""
-    assert asked_of_ros2(tmp_path, namespace, *words) == (0, [*LAUNCH, *words])
+    assert commands_given_to_ros2(tmp_path, namespace, *words) == (0, [*LAUNCH, *words])
 
 
 @pytest.mark.parametrize("namespace", ["robot/front", "/robot/front", "//robot/front//"])
-def test_node_and_health_check_have_one_namespace(tmp_path: Path, namespace: str) -> None:
+def test_node_and_health_check_use_the_same_namespace(tmp_path: Path, namespace: str) -> None:
     (tmp_path / "start").mkdir()
     (tmp_path / "health").mkdir()
-    assert asked_of_ros2(tmp_path / "start", namespace, "a:=b") == (0, [*LAUNCH, "namespace:=robot/front", "a:=b"])
-    health = asked_of_ros2(tmp_path / "health", namespace, "healthy")
+    assert commands_given_to_ros2(tmp_path / "start", namespace, "a:=b") == (
+        0,
+        [*LAUNCH, "namespace:=robot/front", "a:=b"],
+    )
+    health = commands_given_to_ros2(tmp_path / "health", namespace, "healthy")
     assert health == (0, ["lifecycle", "get", "/robot/front/matcher"])
 
 
 def test_the_health_check_finds_a_node_without_a_namespace(tmp_path: Path) -> None:
-    assert asked_of_ros2(tmp_path, None, "healthy") == (0, ["lifecycle", "get", "/matcher"])
+    assert commands_given_to_ros2(tmp_path, None, "healthy") == (0, ["lifecycle", "get", "/matcher"])
 
 
-def test_docker_leaves_out_what_git_leaves_out() -> None:
+def test_docker_ignores_what_git_ignores() -> None:
     """Environments and builds of other distributions take gigabytes, and are built for this machine."""
     ignored = re.findall(r"^([^#\n]+?)/?$", (ROOT / ".gitignore").read_text(), re.MULTILINE)
     # Git's patterns apply in every folder unless they begin with a slash. Docker's patterns need `**/` for that.

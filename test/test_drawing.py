@@ -24,20 +24,20 @@ def offset_of_image1(picture, image1=GREY):
     return picture.shape[1] - image1.shape[1]
 
 
-def test_both_images_stand_side_by_side_as_rgb():
+def test_both_images_are_side_by_side_in_rgb():
     picture = draw(image0=GREY, image1=np.full((240, 320), 200, np.uint8))
     assert picture.dtype == np.uint8 and picture.shape[0] == 240 and picture.shape[1] >= 640 and picture.shape[2] == 3
     assert picture[:, -320:].mean() > picture[:, :320].mean() > 0
 
 
-def test_images_of_different_sizes_keep_their_pixels_at_the_top():
+def test_images_of_different_sizes_are_aligned_at_the_top():
     picture = draw(image0=np.full((100, 320), 90, np.uint8), image1=np.full((240, 64), 200, np.uint8))
     assert picture.shape[0] == 240
     assert picture[50, 10].min() > picture[150, 10].max()  # below the lower one there is only background
     assert (picture[:, -64:] == picture[0, -1]).all()
 
 
-def test_colours_stay_in_rgb_order_also_in_a_view_of_bgr():
+def test_colours_stay_in_rgb_order_even_for_a_view_of_bgr():
     bgr = np.zeros((240, 320, 3), np.uint8)
     bgr[..., 2] = 255
     picture = draw(image0=bgr[..., ::-1], image1=np.ascontiguousarray(bgr[..., ::-1]))
@@ -47,21 +47,21 @@ def test_colours_stay_in_rgb_order_also_in_a_view_of_bgr():
 
 
 @pytest.mark.parametrize("view", [np.s_[::-1], np.s_[:, ::-1], np.s_[::2, ::2]])
-def test_a_view_looks_like_its_copy(view):
+def test_an_array_view_is_drawn_like_its_copy(view):
     image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     for whole in (image, image[..., 0], image[..., ::-1]):
         seen = whole[view]
         assert (draw(image0=seen, image1=seen) == draw(image0=seen.copy(), image1=seen.copy())).all()
 
 
-def test_images_that_may_not_be_written_to_are_drawn_and_left_alone():
+def test_read_only_images_are_drawn_and_not_changed():
     frozen = GREY.copy()
     frozen.setflags(write=False)
     draw([(10, 10)], [(20, 20)], [0.5], [True], FIGURES, frozen, frozen)
     assert (frozen == GREY).all()
 
 
-def test_without_matches_and_text_only_the_images_are_seen():
+def test_without_matches_and_text_only_the_images_are_drawn():
     picture = draw()
     assert np.unique(picture[:, :320]).size == 1
 
@@ -76,7 +76,7 @@ def test_a_match_joins_its_two_points():
     assert not changed(picture, blank)[:50].any() and not changed(picture, blank)[70:].any()
 
 
-def test_a_point_is_drawn_at_its_subpixel_place():
+def test_a_point_is_drawn_at_its_subpixel_position():
     blank = draw()
     upper, lower = (draw([(40, y)], [(280, y)], [1.0]) for y in (100.0, 100.5))
 
@@ -101,7 +101,7 @@ def test_outliers_are_red_and_inliers_are_not():
     assert good[1] > good[0] - 40
 
 
-def test_an_outlier_differs_in_shape_too_and_is_fainter():
+def test_an_outlier_is_a_cross_with_a_fainter_line():
     blank = draw()
     good, bad = (changed(draw([(100, 100)], [(100, 200)], [1.0], [flag]), blank) for flag in (True, False))
     assert good[100, 98] and good[98, 100]  # a dot
@@ -114,7 +114,7 @@ def test_an_outlier_differs_in_shape_too_and_is_fainter():
     assert strength[0] > strength[1] > 0
 
 
-def test_where_nothing_was_estimated_no_match_is_marked_as_an_outlier():
+def test_without_an_estimate_no_match_is_marked_as_an_outlier():
     everything = draw([(100, 100)], [(100, 200)], [0.4], [True])
     assert (draw([(100, 100)], [(100, 200)], [0.4], None) == everything).all()
 
@@ -126,7 +126,7 @@ def test_inliers_may_be_bytes_as_in_the_message():
 
 
 @pytest.mark.parametrize("inliers", [np.ones(500, bool), np.zeros(500, bool)], ids=["inliers", "outliers"])
-def test_of_many_matches_all_have_their_points_and_some_a_line(inliers):
+def test_with_many_matches_all_points_but_only_some_lines_are_drawn(inliers):
     y, x = np.divmod(np.arange(500), 25)
     points = np.stack([12 * x + 10, 11 * y + 10], axis=1).astype(float)
     marked = changed(draw(points, points, np.ones(500), inliers), draw())
@@ -135,16 +135,16 @@ def test_of_many_matches_all_have_their_points_and_some_a_line(inliers):
     assert 0.01 < between.mean() < 0.4  # the images remain visible
 
 
-def test_points_outside_the_images_are_cut_off():
+def test_points_outside_the_images_do_not_enlarge_the_picture():
     picture = draw([(-50, -20), (5000, 10)], [(10, 10), (10, 400)], [0.5, 0.5], [True, False])
     assert picture.shape[:2] == draw().shape[:2]
 
 
-def test_a_score_that_is_no_number_counts_as_the_lowest():
+def test_a_nan_score_is_drawn_as_the_lowest():
     assert (draw([(9, 9)], [(9, 9)], [np.nan]) == draw([(9, 9)], [(9, 9)], [0.0])).all()
 
 
-def test_the_line_of_figures_stands_on_a_shaded_band_below():
+def test_the_text_is_on_a_dark_band_at_the_bottom():
     picture, blank = draw(text=FIGURES), draw()
     rows = np.flatnonzero(changed(picture, blank).any(axis=1))
     assert rows.max() == 239 and 12 <= len(rows) <= 30
@@ -153,13 +153,13 @@ def test_the_line_of_figures_stands_on_a_shaded_band_below():
 
 
 @pytest.mark.parametrize("width", [8, 40, 120, 320, 1400])
-def test_a_line_of_figures_of_any_length_fits(width):
+def test_a_text_of_any_length_fits(width):
     image = np.full((240, width), 90, np.uint8)
     picture = draw(text=FIGURES * 3, image0=image, image1=image)
     assert (picture[-60:, -3:].max(axis=(0, 1)) < 150).all()  # no letter is cut off at the right
 
 
-def test_larger_pictures_have_larger_letters_and_dots():
+def test_larger_images_have_larger_letters_and_dots():
     small, large = (np.full((h, w), 90, np.uint8) for h, w in ((240, 320), (1440, 1920)))
 
     def ink(image):
@@ -171,7 +171,7 @@ def test_larger_pictures_have_larger_letters_and_dots():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (3, 640), (640, 3)])
-def test_tiny_images_are_no_problem(shape):
+def test_tiny_images_can_be_drawn(shape):
     image = np.zeros(shape, np.uint8)
     assert draw([(0, 0)], [(0, 0)], [1.0], [False], FIGURES, image, image).shape[0] == shape[0]
 
@@ -181,7 +181,7 @@ def test_tiny_images_are_no_problem(shape):
     [GREY.astype(np.float32), np.zeros((4, 4, 4), np.uint8), np.zeros(16, np.uint8), np.zeros((0, 5), np.uint8)],
     ids=["float", "four channels", "one dimension", "empty"],
 )
-def test_what_is_no_8_bit_picture_is_refused(image):
+def test_an_image_that_is_not_8_bit_is_refused(image):
     with pytest.raises(ValueError, match=r"image1 is .* must be uint8"):
         draw(image1=image)
 

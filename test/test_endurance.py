@@ -55,7 +55,7 @@ class Resources:
 
 
 @pytest.mark.timeout(600)
-def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
+def test_two_hundred_lifecycle_cycles_leak_no_resources(
     tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image]
 ) -> None:
     folder = str(random_folder())
@@ -89,7 +89,7 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
         assert node.stop() == 0
 
 
-def test_an_inactive_node_gives_back_the_memory_that_frames_take(tmp_path: Path, texture: Any) -> None:
+def test_an_inactive_node_releases_the_memory_of_frames(tmp_path: Path, texture: Any) -> None:
     picture = Image(encoding="mono8", width=640, height=480, step=640, data=texture(480, 640, 2).tobytes())
     with running_node(tmp_path, calibrated=False) as node:
         node.wait_until_connected()
@@ -126,7 +126,7 @@ def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: 
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.3])
-def test_ctrl_c_twice_while_the_weights_load_ends_the_node_without_a_fuss(tmp_path: Path, delay: float) -> None:
+def test_two_interrupts_while_the_weights_load_end_the_node_cleanly(tmp_path: Path, delay: float) -> None:
     with running_node(tmp_path, calibrated=False, max_keypoints=4096) as node:
         node.wait_for(node.is_there, "the node to be there")
         time.sleep(delay)
@@ -138,7 +138,7 @@ def test_ctrl_c_twice_while_the_weights_load_ends_the_node_without_a_fuss(tmp_pa
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
+def test_subscribers_receive_matches_again_after_the_node_was_killed_and_restarted(
     tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Over UDP, because Fast DDS's shared memory does not survive every kill (docs/diagnostics.md). With LOCALHOST,
@@ -171,7 +171,7 @@ def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
         assert node.stop() == 0
 
 
-def test_parameters_that_change_at_random_under_load_are_all_or_nothing(
+def test_random_parameter_changes_under_load_are_atomic(
     tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image]
 ) -> None:
     folder = str(random_folder())

@@ -20,7 +20,7 @@ def areas(name: str, problems: list) -> list[float]:
     return [estimators.area_under_curve([max(error) for error in errors], bound) for bound in BOUNDS]
 
 
-def test_on_pairs_with_wide_baselines_the_poses_are_not_below_plain_ransac(recorded_data: Path) -> None:
+def test_poses_of_wide_baseline_pairs_are_not_worse_than_with_plain_ransac(recorded_data: Path) -> None:
     pairs = list(estimators.read_pairs(recorded_data / "scannet_pairs", resize=640, device="cpu", precision="float32"))
     assert len(pairs) == 7
     ours = areas("kpmatch_ros", [pair.shuffled(seed) for pair in pairs for seed in range(3)])
@@ -31,20 +31,20 @@ def test_on_pairs_with_wide_baselines_the_poses_are_not_below_plain_ransac(recor
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_in_scenes_of_every_kind_the_poses_are_not_below_plain_ransac(number: int) -> None:
+def test_poses_of_every_kind_of_scene_are_not_worse_than_with_plain_ransac(number: int) -> None:
     problems = [estimators.SCENES[number].problem(300, seed) for seed in range(6)]
     ours, plain = (areas(name, problems) for name in ("kpmatch_ros", "OpenCV RANSAC"))
     assert all(one >= other for one, other in zip(ours, plain)), (ours, plain)
 
 
 @pytest.mark.parametrize("name", ["USAC_DEFAULT", "USAC_ACCURATE", "USAC_MAGSAC"])
-def test_opencvs_newer_estimators_are_better_than_its_plain_ransac(name: str) -> None:
+def test_opencvs_usac_estimators_are_better_than_its_plain_ransac(name: str) -> None:
     problems = [estimators.SCENES[0].problem(300, seed) for seed in range(12)]
     newer, plain = (areas(f"OpenCV {each}", problems) for each in (name, "RANSAC"))
     assert newer[0] > plain[0] + 0.1, (newer, plain)
 
 
-def test_opencvs_estimators_try_as_many_samples_as_their_confidence_takes() -> None:
+def test_opencvs_estimators_succeed_with_three_quarters_outliers() -> None:
     problems = [estimators.Scene("few right matches", outliers=0.75, noise=0.3).problem(200, i) for i in range(6)]
     for name in ("OpenCV USAC_DEFAULT", "OpenCV USAC_MAGSAC"):
         assert areas(name, problems)[2] > 0.9, name
@@ -56,7 +56,7 @@ def test_every_estimator_finds_the_motion_of_exact_matches() -> None:
         assert max(estimators.error_of(estimator(problem, 1.0), problem.truth)) < 0.1, name
 
 
-def test_every_estimator_finds_a_motion_that_is_small_beside_the_depths() -> None:
+def test_every_estimator_finds_a_motion_that_is_small_relative_to_the_depths() -> None:
     random = np.random.default_rng(0)
     matrix = np.array([[500.0, 0, 319.5], [0, 500.0, 239.5], [0, 0, 1]])
     pixels0 = random.uniform((40, 40), (600, 440), (200, 2))
@@ -69,7 +69,7 @@ def test_every_estimator_finds_a_motion_that_is_small_beside_the_depths() -> Non
         assert max(estimators.error_of(estimator(problem, 1.0), truth)) < 2, name
 
 
-def test_the_error_is_that_of_the_rotation_and_of_the_direction_with_its_sign() -> None:
+def test_the_error_is_of_the_rotation_and_of_the_signed_direction() -> None:
     truth = estimators.Motion(np.eye(3), np.array([2.0, 0, 0]))
     c, s = math.cos(0.1), math.sin(0.1)
     turned = estimators.Motion(np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]]), np.array([0, 0.1, 0]))
@@ -78,5 +78,5 @@ def test_the_error_is_that_of_the_rotation_and_of_the_direction_with_its_sign() 
     assert estimators.error_of(None, truth) == (180, 180)
 
 
-def test_the_area_under_the_curve_counts_small_errors_for_more() -> None:
+def test_the_area_under_the_curve_gives_small_errors_more_weight() -> None:
     assert estimators.area_under_curve([0, 5, 10, 180], 10) == pytest.approx((1 + 0.5 + 0 + 0) / 4)

@@ -49,7 +49,7 @@ def pose(shift: tuple[float, float, float], turn: float = 0.05) -> np.ndarray:
     return motion
 
 
-def seen_by_sift(pair: evaluation_pairs.Pair) -> np.ndarray:
+def sift_errors(pair: evaluation_pairs.Pair) -> np.ndarray:
     """Return the errors of SIFT matches. If images and ground truth agree, most of them are small."""
     found = Sift(500)(*pair.images)
     assert len(found.points0) > 20
@@ -59,7 +59,7 @@ def seen_by_sift(pair: evaluation_pairs.Pair) -> np.ndarray:
 # --- truth -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_match_is_judged_by_the_depth_of_its_surface() -> None:
+def test_the_error_of_a_match_follows_from_the_depth_of_its_surface() -> None:
     motion = pose((0.2, 0.0, 0.1))
     normal, distance = (0.3, 0.1, 1.0), 3.0
     # The same plane in camera 1: n . R^T (y - t) = d.
@@ -91,7 +91,7 @@ def test_a_point_on_an_edge_may_lie_on_either_surface() -> None:
     assert truth.errors(points0[2:], near[2:]) > 3
 
 
-def test_standard_deviations_are_those_of_the_cameras_pixels() -> None:
+def test_sigmas_are_converted_to_the_cameras_pixels() -> None:
     """Image 1 is shown at half the size of its camera, and shifted."""
     points, sigmas = np.array([[10.0, 20.0], [300.0, 100.0]]), np.array([0.1, 0.5])
     camera, cut = Camera(*SIZE, MATRIX), np.array([[2.0, 0, 7], [0, 2, -3], [0, 0, 1]])
@@ -101,7 +101,7 @@ def test_standard_deviations_are_those_of_the_cameras_pixels() -> None:
     np.testing.assert_allclose(cropped.sigmas_in_camera_pixels(points, sigmas), 2 * sigmas)
 
 
-def test_the_likelier_of_two_motions_counts_as_a_pose() -> None:
+def test_an_ambiguous_pose_counts_as_a_pose() -> None:
     """For an oblique plane only one motion counts, because the other estimators in the table also return one."""
     rng = np.random.default_rng(0)
     camera = Camera(*SIZE, MATRIX)
@@ -119,7 +119,7 @@ def test_the_likelier_of_two_motions_counts_as_a_pose() -> None:
     assert np.isfinite(pose_errors(truth, points0, points1, 0.0, 2)).all()
 
 
-def test_matches_of_a_known_motion_lie_on_epipolar_lines_and_give_its_pose() -> None:
+def test_matches_of_a_known_motion_have_no_epipolar_error_and_give_its_pose() -> None:
     rng = np.random.default_rng(0)
     motion = pose((0.3, 0.05, 0.1))
     camera = Camera(*SIZE, MATRIX)
@@ -141,7 +141,7 @@ def test_matches_of_a_known_motion_lie_on_epipolar_lines_and_give_its_pose() -> 
     assert pose_errors(cuts, project(cut, points0), points1, 0.0, 2).max() < 0.1
 
 
-def test_disparities_and_homographies_say_where_a_point_is() -> None:
+def test_disparities_and_homographies_give_the_error_of_a_match() -> None:
     disparity = np.full((120, 160), 8.0)
     disparity[:, 100:] = 0
     points = np.array([[50.0, 60], [120, 60]])
@@ -155,7 +155,7 @@ def test_disparities_and_homographies_say_where_a_point_is() -> None:
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
-def test_views_of_photographs_are_where_their_homography_says(tmp_path: Path, texture: Texture) -> None:
+def test_views_of_photographs_agree_with_their_homography(tmp_path: Path, texture: Texture) -> None:
     photographs(tmp_path, texture, "photos_heldout.npz")
     light = list(evaluation_pairs.groups(tmp_path, ["photographs"]))
     again = list(evaluation_pairs.photo_pairs(tmp_path, "photographs", evaluation_pairs.LIGHT))
@@ -163,22 +163,22 @@ def test_views_of_photographs_are_where_their_homography_says(tmp_path: Path, te
     assert len({pair.key for pair in light}) == 3
     for pair in light:
         assert pair.images[0].shape == (480, 640)
-        assert np.median(seen_by_sift(pair)) < 0.5
+        assert np.median(sift_errors(pair)) < 0.5
     # The default is everything available: photographs, and the same ones degraded.
     every = list(evaluation_pairs.groups(tmp_path, None))
     assert [pair.group for pair in every] == 3 * ["photographs"] + 3 * ["degraded"]
     assert np.array_equal(every[0].truth.homography, every[3].truth.homography)  # type: ignore[attr-defined]
 
 
-def test_validation_views_are_where_their_geometry_says(tmp_path: Path, texture: Texture) -> None:
+def test_validation_views_agree_with_their_geometry(tmp_path: Path, texture: Texture) -> None:
     photographs(tmp_path, texture, "photos_0.npz", 21)
     for pair in evaluation_pairs.validation_pairs(tmp_path, 2):
         assert pair.group == "validation photographs"
         assert pair.motion is None
-        assert np.median(seen_by_sift(pair)) < 0.7
+        assert np.median(sift_errors(pair)) < 0.7
 
 
-def test_poses_of_the_church_door_are_those_of_colmap(tmp_path: Path, texture: Texture) -> None:
+def test_poses_of_the_church_door_agree_with_colmap(tmp_path: Path, texture: Texture) -> None:
     folder = tmp_path / "lund_door"
     folder.mkdir()
     (folder / "cameras.txt").write_text("# cameras\n1 SIMPLE_RADIAL 1296 1936 2435 648 968 -0.03\n")
@@ -202,7 +202,7 @@ def test_poses_of_the_church_door_are_those_of_colmap(tmp_path: Path, texture: T
     np.testing.assert_allclose(pair.truth.errors(*seen), 0, atol=1e-4)
 
 
-def rooms(path: Path, texture: Texture, clusters: int, views: int) -> shards.Rooms:
+def write_rooms_shard(path: Path, texture: Texture, clusters: int, views: int) -> shards.Rooms:
     """Write a shard of a wall, seen by cameras that move to the right from view to view."""
     image, encoded = texture(120, 320, 0), []
     for i in range(views):
@@ -230,23 +230,23 @@ def rooms(path: Path, texture: Texture, clusters: int, views: int) -> shards.Roo
 
 def test_the_pairs_of_a_room_do_not_depend_on_the_other_rooms(tmp_path: Path, texture: Texture) -> None:
     path = tmp_path / "rooms_heldout.npz"
-    few = evaluation_pairs.choose_pairs(rooms(path, texture, 2, 4))
-    many = evaluation_pairs.choose_pairs(rooms(path, texture, 5, 4))
+    few = evaluation_pairs.choose_pairs(write_rooms_shard(path, texture, 2, 4))
+    many = evaluation_pairs.choose_pairs(write_rooms_shard(path, texture, 5, 4))
     assert few == many[: len(few)]
     assert len(few) == 12
     pair = next(evaluation_pairs.groups(tmp_path, ["rooms"]))
-    assert np.median(seen_by_sift(pair)) < 0.2
+    assert np.median(sift_errors(pair)) < 0.2
     found = Sift(500)(*pair.images)
     assert pair.motion is not None
     assert np.median(pair.motion.errors(found.points0, found.points1)) < 0.2
 
 
-def test_validation_views_of_rooms_are_where_their_geometry_says(tmp_path: Path, texture: Texture) -> None:
+def test_validation_views_of_rooms_agree_with_their_geometry(tmp_path: Path, texture: Texture) -> None:
     photographs(tmp_path, texture, "photos_0.npz", 2)
-    rooms(tmp_path / "rooms_0.npz", texture, 2, 2)
+    write_rooms_shard(tmp_path / "rooms_0.npz", texture, 2, 2)
     pair = evaluation_pairs.validation_pairs(tmp_path, 1)[1]
     assert pair.group == "validation rooms"
-    assert np.nanmedian(seen_by_sift(pair)) < 2  # pixels of a view that is four times as large as the camera's image
+    assert np.nanmedian(sift_errors(pair)) < 2  # pixels of a view that is four times as large as the camera's image
     found = Sift(500)(*pair.images)
     assert pair.motion is not None
     assert np.median(pair.motion.errors(found.points0, found.points1)) < 0.5
@@ -255,7 +255,7 @@ def test_validation_views_of_rooms_are_where_their_geometry_says(tmp_path: Path,
 # --- matchers --------------------------------------------------------------------------------------------------------
 
 
-def test_ours_finds_what_the_package_finds_and_reads_it_out_to_a_fraction(
+def test_our_matcher_finds_the_packages_keypoints_with_optional_subpixel_positions(
     random_folder: SaveFolder, texture: Texture
 ) -> None:
     folder = random_folder()
@@ -274,7 +274,7 @@ def test_ours_finds_what_the_package_finds_and_reads_it_out_to_a_fraction(
     assert moved.max() <= 2
 
 
-def test_sift_says_where_a_blob_is() -> None:
+def test_sift_locates_the_centre_of_a_blob() -> None:
     y, x = np.mgrid[:200, :200]
     offsets = []
     for seed in range(20):
@@ -285,7 +285,7 @@ def test_sift_says_where_a_blob_is() -> None:
     assert np.abs(np.mean(offsets, axis=0)).max() < 0.05
 
 
-def test_the_lowest_score_of_a_match_is_that_of_every_lightglue(
+def test_the_score_threshold_is_applied_to_other_lightglue_matchers(
     texture: Texture, randomise_lightglue: Randomise
 ) -> None:
     image = np.stack([texture(96, 128, 0)] * 3, axis=-1)
@@ -315,7 +315,7 @@ def result(
     return Result(points, given, np.array(errors), 3.0, (100, 200), posed, place or str(errors))
 
 
-def test_figures_are_counted_over_the_matches_about_which_something_is_known() -> None:
+def test_figures_count_only_matches_with_a_known_error() -> None:
     found = [
         result([0.5, 1.5, 2.5, np.inf, np.nan], [0.0, 5.0]),
         result([0.5], [np.inf, np.inf]),
@@ -339,7 +339,7 @@ def test_figures_are_counted_over_the_matches_about_which_something_is_known() -
     assert "| same | 2 | 1 | 0.583 | 40 / 60 / 80 | 1.3 | 16.7 / 25.0 / 29.2 | +0.0 (+0.0 to +0.0) |" in table
 
 
-def test_pairs_of_one_place_are_no_more_evidence_than_one() -> None:
+def test_several_pairs_of_one_place_do_not_narrow_the_confidence_interval() -> None:
     places = [[0.5] * i for i in range(12)]
     alone = describe({"m": [result(errors, place=str(i)) for i, errors in enumerate(places)]}, "")
     thrice = describe({"m": [result(errors, place=str(i)) for i, errors in enumerate(places) for _ in range(3)]}, "")
@@ -350,7 +350,7 @@ def test_pairs_of_one_place_are_no_more_evidence_than_one() -> None:
     assert markdown({"rooms": thrice}, "").startswith("### rooms, 36 pairs of 12 places\n")
 
 
-def test_calibration_compares_scores_with_what_is_right() -> None:
+def test_calibration_compares_scores_with_the_fraction_of_correct_matches() -> None:
     assert calibration([result([1.0])]) is None
     described = calibration(
         [result([1.0, 1.0, 9.0, np.nan], scores=[0.81, 0.89, 0.85, 0.85]), result([9.0], scores=[0.3])]
@@ -363,40 +363,40 @@ def test_calibration_compares_scores_with_what_is_right() -> None:
     assert described["expected error"] == pytest.approx(0.25 * 0.3 + 0.75 * (0.85 - 2 / 3))
 
 
-class Counting:
+class CountingMatcher:
     """A matcher that knows the truth and counts its calls."""
 
     name, key, resolution = "counting", "counting", 0.0
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.calls = 0
 
     def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
-        self.asked += 1
+        self.calls += 1
         world = np.random.default_rng(0).uniform((-1, -0.7, 3), (1, 0.7, 8), (60, 3))
         moved = world + (0.3, 0, 0)
         points0, points1 = (project(MATRIX, points[:, :2] / points[:, 2:]) for points in (world, moved))
         return Found(points0, points1, np.full(60, 0.9), (60, 60))
 
 
-def test_nothing_is_worked_out_twice(tmp_path: Path) -> None:
+def test_results_are_computed_once_and_cached(tmp_path: Path) -> None:
     camera = Camera(*SIZE, MATRIX)
     motion = Motion(np.eye(3), np.array([0.3, 0, 0]), (camera, camera))
     images = np.zeros((120, 160), np.uint8), np.ones((120, 160), np.uint8)
     pairs = [evaluation_pairs.Pair("rooms", str(i), (images[0] + i, images[1]), motion, motion) for i in range(2)]
-    matcher = Counting()
+    matcher = CountingMatcher()
     for _ in range(2):
         figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1))
-        assert matcher.asked == 2
+        assert matcher.calls == 2
         assert figures["rooms"]["matchers"]["counting"]["figures"]["AUC at 5"]["value"] > 95
         assert figures["rooms"]["matchers"]["counting"]["figures"]["within 1 px"]["value"] == 1
     pairs.append(evaluation_pairs.Pair("rooms", "new", (images[1] + 1, images[1]), motion, motion))
     figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1), known=True)
-    assert figures["rooms"]["pairs"] == matcher.asked == 2
+    assert figures["rooms"]["pairs"] == matcher.calls == 2
 
 
 @pytest.mark.parametrize(
-    ("changed", "anew"),
+    ("changed", "invalidated"),
     [
         ("package/models/lightglue.py", {"matches", "refined", "poses"}),
         ("package/models/libkpmatch_networks.so", {"matches", "refined", "poses"}),
@@ -408,7 +408,9 @@ def test_nothing_is_worked_out_twice(tmp_path: Path) -> None:
         ("package/odometry.py", set()),
     ],
 )
-def test_what_other_code_worked_out_is_worked_out_anew(tmp_path: Path, changed: str, anew: set[str]) -> None:
+def test_a_change_of_the_code_invalidates_the_results_that_depend_on_it(
+    tmp_path: Path, changed: str, invalidated: set[str]
+) -> None:
     package = Path(kpmatch_ros.__file__).parent
     for folder in ("models", "runtime", "geometry", "imaging"):
         shutil.copytree(package / folder, tmp_path / "package" / folder)
@@ -419,15 +421,13 @@ def test_what_other_code_worked_out_is_worked_out_anew(tmp_path: Path, changed: 
     with (tmp_path / changed).open("ab") as stream:
         stream.write(b"\n")
     after = evaluate.code_hashes(tmp_path / "package", tmp_path / "scripts")
-    assert {kind for kind in before if before[kind] != after[kind]} == anew
+    assert {kind for kind in before if before[kind] != after[kind]} == invalidated
 
 
-def test_poses_of_another_estimator_are_not_taken_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_poses_of_another_estimator_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     camera = Camera(*SIZE, MATRIX)
     motion = Motion(np.eye(3), np.array([0.3, 0, 0]), (camera, camera))
-    image, matcher = np.zeros((120, 160), np.uint8), Counting()
+    image, matcher = np.zeros((120, 160), np.uint8), CountingMatcher()
     pair = evaluation_pairs.Pair("rooms", "0", (image, image), motion, motion)
     cache = evaluate.Cache(tmp_path, 1)
     evaluate.evaluate([matcher], iter([pair]), cache)
@@ -441,10 +441,10 @@ def test_poses_of_another_estimator_are_not_taken_from_the_cache(
     evaluate.evaluate([matcher], iter([pair]), cache)
     poses = cache.result(matcher, pair).poses
     assert poses is not None and len(poses) == 3
-    assert matcher.asked == 1  # its cached matches are still valid
+    assert matcher.calls == 1  # its cached matches are still valid
 
 
-class Rounded:
+class RoundingMatcher:
     """Knows the positions after a shift of 2.5 pixels, and rounds them to whole pixels."""
 
     name, key, resolution = "rounded", "rounded", 1.0
@@ -454,15 +454,19 @@ class Rounded:
         return Found(points, points + (3, 2), np.full(len(points), 0.9), (len(points), len(points)))
 
 
-def test_refined_matches_lie_where_the_images_say(tmp_path: Path, texture: Texture) -> None:
+def test_refined_matches_are_accurate_to_a_fraction_of_a_pixel(tmp_path: Path, texture: Texture) -> None:
     shift = np.array([[1, 0, 2.5], [0, 1, 2.5], [0, 0, 1.0]])
     image = texture(120, 160, 3)
     moved = cv2.warpPerspective(image, shift, SIZE, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
     pair = evaluation_pairs.Pair("photographs", "0", (image, moved), ByHomography(shift))
-    figures = evaluate.evaluate([Rounded(), Refined(Rounded())], iter([pair]), evaluate.Cache(tmp_path, 1))
+    figures = evaluate.evaluate(
+        [RoundingMatcher(), Refined(RoundingMatcher())], iter([pair]), evaluate.Cache(tmp_path, 1)
+    )
     matchers = figures["photographs"]["matchers"]
     assert list(matchers) == ["rounded", "rounded, refined"]
     cache = evaluate.Cache(tmp_path, 1)
-    errors = [np.median(cache.result(matcher, pair).errors) for matcher in (Rounded(), Refined(Rounded()))]
+    errors = [
+        np.median(cache.result(matcher, pair).errors) for matcher in (RoundingMatcher(), Refined(RoundingMatcher()))
+    ]
     assert errors[0] == pytest.approx(np.hypot(0.5, 0.5), abs=0.01)
     assert errors[1] < 0.1

@@ -28,7 +28,7 @@ def test_the_command_writes_figures_and_a_table(tmp_path: Path, random_folder: S
     assert "| new r2 sub |" in (tmp_path / "results.md").read_text()
 
 
-def test_results_are_written_under_the_whole_name_that_was_asked_for(tmp_path: Path, texture: Texture) -> None:
+def test_output_names_with_a_dot_are_kept_complete(tmp_path: Path, texture: Texture) -> None:
     photographs(tmp_path / "eval", texture, "photos_heldout.npz", 1)
     for name in ("new_0.1", "new_0.2"):
         words = ["--data", str(tmp_path), "--groups", "photographs", "--peers", "sift", "--keypoints", "200"]
@@ -50,7 +50,9 @@ def refusal(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) 
     return capsys.readouterr().err
 
 
-def test_without_a_pair_to_compare_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_pair_to_compare_the_command_is_refused_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = refusal(["--peers", "sift"], tmp_path, capsys)
     assert all(str(tmp_path / "eval" / name) in said for name in ("rooms_heldout.npz", "photos_heldout.npz", "scannet"))
     said = refusal(["--peers", "sift", "--groups", "graf", "rooms"], tmp_path, capsys)
@@ -60,7 +62,7 @@ def test_without_a_pair_to_compare_nothing_is_written(tmp_path: Path, capsys: py
     assert "no pair to compare" in refusal(["--peers", "sift"], tmp_path, capsys)
 
 
-def test_two_weights_of_one_name_are_refused(
+def test_two_weights_with_the_same_name_are_refused(
     tmp_path: Path, random_folder: SaveFolder, texture: Texture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photographs(tmp_path / "eval", texture, "photos_heldout.npz", 1)
@@ -71,7 +73,7 @@ def test_two_weights_of_one_name_are_refused(
     assert "2 matchers are called export r2 sub: give them different names" in refusal(words, tmp_path, capsys)
 
 
-def test_peers_whose_files_are_missing_are_left_out_unless_they_are_asked_for(
+def test_peers_with_missing_files_are_skipped_unless_requested(
     tmp_path: Path, texture: Texture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photographs(tmp_path / "shards", texture, "photos_0.npz", 21)

@@ -19,7 +19,7 @@ from domain_coordinator import domain_id  # noqa: E402
 from kpmatch_ros.msg import RelativePose  # noqa: E402
 
 
-def test_the_printed_poses_say_where_another_motion_is_as_likely() -> None:
+def test_the_example_marks_ambiguous_poses_in_its_output() -> None:
     with domain_id() as domain:
         environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "PYTHONUNBUFFERED": "1"}
         printer = subprocess.Popen(

@@ -121,7 +121,7 @@ def check_same(found: tuple[Tensor, ...], expected: Any) -> None:
     torch.testing.assert_close(scores1, expected.scores1, atol=1e-4, rtol=0)
 
 
-def test_graphs_match_images_as_the_networks_do(
+def test_graphs_match_images_like_the_networks(
     sessions: tuple[Session, Session, bool], extractor: SuperPoint, matcher: Matcher, views: list[Tensor]
 ) -> None:
     *graphs, dynamic = sessions
@@ -136,7 +136,7 @@ def test_graphs_match_images_as_the_networks_do(
 
 @pytest.mark.parametrize("sessions", ["dynamic"], indirect=True)
 @pytest.mark.parametrize(("height", "width"), list(dict.fromkeys([*SUPERPOINT_SIZES, *LIGHTGLUE_SIZES])))
-def test_the_dense_part_is_equal_at_the_sizes_compared_with_transformers(
+def test_the_dense_part_is_equal_at_many_image_sizes(
     sessions: tuple[Session, Session, bool], extractor: SuperPoint, texture: Any, height: int, width: int
 ) -> None:
     image = torch.from_numpy(texture(height, width, 7)).float()[None, None] / 255
@@ -146,7 +146,7 @@ def test_the_dense_part_is_equal_at_the_sizes_compared_with_transformers(
 
 @pytest.mark.parametrize("sessions", ["dynamic"], indirect=True)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_matches_are_equal_at_the_numbers_of_points_compared_with_transformers(
+def test_matches_are_equal_for_many_numbers_of_keypoints(
     sessions: tuple[Session, Session, bool], matcher: Matcher, counts: tuple[int, int]
 ) -> None:
     image0, image1 = pair(matcher, *counts)
@@ -159,7 +159,7 @@ def test_matches_are_equal_at_the_numbers_of_points_compared_with_transformers(
     torch.testing.assert_close(found[3], expected.scores1, atol=1e-3, rtol=0)
 
 
-def test_padding_plays_no_part(sessions: tuple[Session, Session, bool], matcher: Matcher) -> None:
+def test_padding_has_no_effect(sessions: tuple[Session, Session, bool], matcher: Matcher) -> None:
     image0, image1 = pair(matcher, 25, 31)
     expected = matcher(image0._replace(mask=None), image1._replace(mask=None))
     assert (expected.matches0 >= 0).sum() > 5
@@ -184,7 +184,7 @@ def test_an_image_without_keypoints_has_no_matches(sessions: tuple[Session, Sess
         assert (scores0 == 0).all() and (scores1 == 0).all()
 
 
-def test_dynamic_graphs_take_other_numbers_and_sizes(
+def test_only_dynamic_graphs_accept_other_numbers_and_sizes(
     sessions: tuple[Session, Session, bool], extractor: SuperPoint, matcher: Matcher, views: list[Tensor]
 ) -> None:
     dense, match, dynamic = sessions
@@ -202,7 +202,7 @@ def test_dynamic_graphs_take_other_numbers_and_sizes(
     check_same(found, matcher(image0, image1))
 
 
-def test_exporting_leaves_the_networks_as_they_were(
+def test_exporting_does_not_change_the_networks(
     extractor: SuperPoint, matcher: Matcher, views: list[Tensor], tmp_path: Path
 ) -> None:
     image0, image1 = pair(matcher, 20, 30)
@@ -213,13 +213,13 @@ def test_exporting_leaves_the_networks_as_they_were(
         assert torch.equal(a, b)
 
 
-def test_sinkhorn_with_logarithms_alone_gives_the_same_plan() -> None:
+def test_sinkhorn_in_log_space_gives_the_same_plan() -> None:
     similarity = torch.randn(2, 12, 15, generator=torch.Generator().manual_seed(0)) * 4
     plans = [transport(similarity, torch.tensor(1.0), 40, steps_between=steps) for steps in (0, 15)]
     torch.testing.assert_close(plans[0], plans[1], atol=1e-4, rtol=0)
 
 
-def test_what_cannot_be_exported_is_named(extractor: SuperPoint, lightglue: Any) -> None:
+def test_unsupported_networks_and_sizes_are_refused(extractor: SuperPoint, lightglue: Any) -> None:
     with pytest.raises(ExportError, match="extractor is ALIKED, but only SuperPoint"):
         check_exportable(ALIKED(), lightglue())
     with pytest.raises(ExportError, match="matcher is NearestNeighbour, which has no network"):
@@ -234,7 +234,7 @@ def test_what_cannot_be_exported_is_named(extractor: SuperPoint, lightglue: Any)
 
 
 @pytest.fixture(scope="module", params=[None, {"sinkhorn_iterations": 20}], ids=["LightGlue", "SuperGlue"])
-def both(request: pytest.FixtureRequest, random_folder: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
+def both_backends(request: pytest.FixtureRequest, random_folder: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
     """The same networks in PyTorch and in ONNX Runtime."""
     folder = random_folder(superglue=request.param)
     options = {"keypoint_threshold": 0.0, "filter_threshold": 0.01, "max_keypoints": PLACES, "threads": 1}
@@ -245,14 +245,14 @@ def both(request: pytest.FixtureRequest, random_folder: Any) -> tuple[FeatureMat
     return torch_matcher, onnx_matcher
 
 
-def test_the_backend_gives_the_matches_of_pytorch(
-    both: tuple[FeatureMatcher, FeatureMatcher], views: list[Tensor]
+def test_the_onnx_backend_gives_the_matches_of_pytorch(
+    both_backends: tuple[FeatureMatcher, FeatureMatcher], views: list[Tensor]
 ) -> None:
     images = [(view[0, 0].numpy() * 255).round().astype(np.uint8) for view in views]
     mask = np.ones((HEIGHT, WIDTH), np.uint8)
     mask[:, :40] = 0
     found = []
-    for matcher in both:
+    for matcher in both_backends:
         features = matcher.extract_batch(images, [None, mask, None])
         small = matcher.extract(images[0][:48, :72])
         none = matcher.extract(images[0][:4, :4])
@@ -274,17 +274,19 @@ def test_the_backend_gives_the_matches_of_pytorch(
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda original: pickle.loads(pickle.dumps(original))])
-def test_a_matcher_with_the_backend_can_be_copied(
-    both: tuple[FeatureMatcher, FeatureMatcher], views: list[Tensor], again: Any
+def test_a_matcher_with_the_onnx_backend_can_be_copied(
+    both_backends: tuple[FeatureMatcher, FeatureMatcher], views: list[Tensor], again: Any
 ) -> None:
     images = [(view[0, 0].numpy() * 255).round().astype(np.uint8) for view in views[:2]]
-    copied = again(both[1])
-    assert copied.onnx is not both[1].onnx and copied.onnx.providers == ["cpu"]
-    expected, found = (each.match(*(each.extract(image) for image in images)) for each in (both[1], copied))
+    copied = again(both_backends[1])
+    assert copied.onnx is not both_backends[1].onnx and copied.onnx.providers == ["cpu"]
+    expected, found = (each.match(*(each.extract(image) for image in images)) for each in (both_backends[1], copied))
     assert len(found) > 5 and torch.equal(found.indices, expected.indices)
 
 
-def test_what_the_backend_cannot_is_refused(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_the_onnx_backend_does_not_support_are_refused(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in (("device", "cuda"), ("precision", "bfloat16")):
         with pytest.raises(ParameterError, match=f"{name} is '{value}', but backend onnxruntime supports only"):
             FeatureMatcher(backend="onnxruntime", **{name: value})
@@ -310,7 +312,9 @@ def words(weights: str, views: list[Tensor], tmp_path: Path) -> list[Any]:
     ]
 
 
-def test_the_command_writes_checks_and_describes(run: Run, words: list[Any], tmp_path: Path) -> None:
+def test_the_command_writes_and_checks_the_graphs_and_describes_them_in_json(
+    run: Run, words: list[Any], tmp_path: Path
+) -> None:
     out = tmp_path / "new" / "onnx"
     status, printed, errors = run(out, *words)
     assert (status, errors) == (0, "")
@@ -330,7 +334,7 @@ def test_the_command_writes_checks_and_describes(run: Run, words: list[Any], tmp
     assert (status, errors) == (2, f"kpmatch export: {out} exists already: name another folder, or remove it\n")
 
 
-def test_an_empty_folder_is_filled_where_it_is_also_through_a_link_and_as_the_current_one(
+def test_an_empty_output_folder_is_kept_even_as_a_link_or_the_current_folder(
     run: Run, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("here", "linked"):
@@ -359,7 +363,7 @@ def test_matches_that_differ_are_an_error(
     assert "only 98.00 % of the matches agree with PyTorch, but at least 99 % should: do not use" in errors
 
 
-def test_images_without_a_match_prove_nothing(run: Run, words: list[Any], tmp_path: Path) -> None:
+def test_images_without_a_match_cannot_be_used_for_the_check(run: Run, words: list[Any], tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "1.png"), np.zeros((HEIGHT, WIDTH), np.uint8))
     status, _, errors = run(tmp_path / "out", *words, "--filter-threshold", 0.999)
     assert status == 2 and "the images have no matches to compare" in errors
@@ -376,7 +380,9 @@ def test_images_without_a_match_prove_nothing(run: Run, words: list[Any], tmp_pa
         (["--no-check"], "not allowed with argument"),
     ],
 )
-def test_bad_usage_is_one_line(run: Run, words: list[Any], tmp_path: Path, more: list[str], expected: str) -> None:
+def test_bad_usage_is_refused_in_one_line(
+    run: Run, words: list[Any], tmp_path: Path, more: list[str], expected: str
+) -> None:
     status, printed, errors = run(tmp_path / "out", *words, *more)
     assert (status, printed, errors.count("\n")) == (2, "", 1)
     assert expected in errors
@@ -398,7 +404,7 @@ def test_missing_libraries_are_named(
     assert not (tmp_path / "b").exists()
 
 
-def test_without_a_check_nothing_is_compared(run: Run, words: list[Any], tmp_path: Path) -> None:
+def test_with_no_check_the_graphs_are_not_compared(run: Run, words: list[Any], tmp_path: Path) -> None:
     status, _, errors = run(tmp_path / "out", *words[:-3], "--no-check", "--dynamic")
     assert (status, errors) == (0, "")
     said = json.loads((tmp_path / "out" / "export.json").read_text())

@@ -69,7 +69,7 @@ def same(first: Features, second: Features) -> bool:
 # ------------------------------------------------------------------------------------------------------------ matching
 
 
-def test_two_views_are_matched_where_they_show_the_same_point(
+def test_most_matches_of_two_views_show_the_same_point(
     matcher: FeatureMatcher, warped: tuple[Image, Image, NDArray[np.float64]]
 ) -> None:
     features0, features1 = (matcher.extract(image) for image in warped[:2])
@@ -83,7 +83,7 @@ def test_two_views_are_matched_where_they_show_the_same_point(
         assert len(column.unique()) == len(column)
 
 
-def test_features_extracted_once_serve_for_many_pairs(
+def test_features_extracted_once_can_be_used_for_many_pairs(
     matcher: FeatureMatcher, warped: tuple[Image, Image, NDArray[np.float64]]
 ) -> None:
     features0, features1 = (matcher.extract(image) for image in warped[:2])
@@ -98,7 +98,7 @@ def test_features_extracted_once_serve_for_many_pairs(
         assert torch.equal(tensor, copy)
 
 
-def test_numpy_features_match_as_tensors_do(
+def test_numpy_features_give_the_same_matches_as_tensors(
     matcher: FeatureMatcher, warped: tuple[Image, Image, NDArray[np.float64]]
 ) -> None:
     features0, features1 = (matcher.extract(image) for image in warped[:2])
@@ -129,7 +129,7 @@ def test_the_same_images_give_exactly_the_same_results(
         assert torch.equal(matches.scores, results[0][1].scores)
 
 
-def test_nearest_neighbours_match_the_same_features(
+def test_the_nearest_matcher_returns_mutual_nearest_neighbours(
     matcher: FeatureMatcher,
     warped: tuple[Image, Image, NDArray[np.float64]],
 ) -> None:
@@ -189,7 +189,7 @@ def points_of(features: Features) -> set[tuple[float, ...]]:
     return {tuple(point) for point in features.keypoints.round().tolist()}
 
 
-def test_colour_is_weighted_as_by_opencv(matcher: FeatureMatcher, colour: Image) -> None:
+def test_colours_are_converted_to_grey_as_in_opencv(matcher: FeatureMatcher, colour: Image) -> None:
     # OpenCV rounds the grey values.
     found = points_of(matcher.extract(colour))
     grey, swapped = (
@@ -223,7 +223,7 @@ def layouts(colour: Image) -> dict[str, Image]:
 
 @pytest.mark.parametrize("layout", layouts(np.zeros((96, 128, 3), np.uint8)))
 @pytest.mark.parametrize("resize", [0, 100])
-def test_how_an_image_lies_in_memory_plays_no_part(
+def test_the_memory_layout_of_an_image_has_no_effect(
     matcher: FeatureMatcher, colour: Image, layout: str, resize: int
 ) -> None:
     matcher.configure(PARAMETERS.replace({"resize": resize}))
@@ -239,7 +239,7 @@ def test_how_an_image_lies_in_memory_plays_no_part(
     assert np.array_equal(image, layouts(colour)[layout])  # and the image is not changed
 
 
-def test_a_tensor_will_do_for_an_image(matcher: FeatureMatcher, warped: Any) -> None:
+def test_an_image_may_be_a_tensor(matcher: FeatureMatcher, warped: Any) -> None:
     assert same(matcher.extract(torch.from_numpy(warped[0])), matcher.extract(warped[0]))
 
 
@@ -260,13 +260,15 @@ def test_a_tensor_will_do_for_an_image(matcher: FeatureMatcher, warped: Any) -> 
     ],
     ids=lambda image: f"{image.dtype} {image.shape}",
 )
-def test_what_is_no_image_is_refused(matcher: FeatureMatcher, image: NDArray[Any]) -> None:
+def test_an_array_that_is_not_an_image_is_refused(matcher: FeatureMatcher, image: NDArray[Any]) -> None:
     with pytest.raises(ValueError, match=r"the image is .* must be uint8"):
         matcher.extract(image)
 
 
 @pytest.mark.parametrize("given", ["a.png", None, [[0, 1]]], ids=["path", "None", "list"])
-def test_what_is_no_array_is_refused_with_what_makes_one(matcher: FeatureMatcher, warped: Any, given: Any) -> None:
+def test_an_image_that_is_not_an_array_is_refused_with_a_remedy(
+    matcher: FeatureMatcher, warped: Any, given: Any
+) -> None:
     with pytest.raises(TypeError, match=r"the image is a \w+; .* numpy\.asarray\(image\.convert\('RGB'\)\)"):
         matcher.extract(given)
     if given is not None:  # an invalid mask
@@ -303,7 +305,7 @@ def test_images_of_any_size_and_content_give_valid_features_that_can_be_matched(
     assert np.isfinite(matches.scores).all()
 
 
-def test_a_covered_camera_gives_next_to_no_matches(matcher: FeatureMatcher, warped: Any) -> None:
+def test_a_covered_camera_gives_almost_no_matches(matcher: FeatureMatcher, warped: Any) -> None:
     # With the threshold published with the weights.
     matcher.configure(PARAMETERS.replace({"keypoint_threshold": -1.0}))
     picture, random = matcher.extract(warped[0]), np.random.default_rng(0)
@@ -315,9 +317,7 @@ def test_a_covered_camera_gives_next_to_no_matches(matcher: FeatureMatcher, warp
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def test_an_enlarged_image_gives_keypoints_in_the_pixels_of_the_one_received(
-    matcher: FeatureMatcher, texture: Any
-) -> None:
+def test_keypoints_of_an_enlarged_image_are_in_pixels_of_the_original(matcher: FeatureMatcher, texture: Any) -> None:
     picture = texture(48, 64, 9)
     enlarged = matcher.extract(cv2.resize(picture, (192, 144), interpolation=cv2.INTER_LINEAR)).numpy()
     matcher.configure(PARAMETERS.replace({"resize": 192}))
@@ -327,7 +327,7 @@ def test_an_enlarged_image_gives_keypoints_in_the_pixels_of_the_one_received(
     np.testing.assert_allclose(found.keypoints, (enlarged.keypoints - 1) / 3, atol=1e-4)
 
 
-def test_resized_keypoints_are_centres_of_the_pixels_that_were_seen(matcher: FeatureMatcher, texture: Any) -> None:
+def test_keypoints_of_a_reduced_image_are_in_pixels_of_the_original(matcher: FeatureMatcher, texture: Any) -> None:
     picture = texture(96, 128, 8)
     expected = matcher.extract(picture).numpy()
     # Each pixel of the picture becomes a block of 3 x 3. At a third of the size, the result is the picture again.
@@ -352,7 +352,7 @@ def test_resizing_sets_the_longest_side(
     assert shapes == [(1, 1, *seen)]
 
 
-def test_max_keypoints_keeps_the_best(matcher: FeatureMatcher, warped: Any) -> None:
+def test_max_keypoints_keeps_the_best_keypoints(matcher: FeatureMatcher, warped: Any) -> None:
     matcher.configure(PARAMETERS.replace({"max_keypoints": 16384}))
     everything = matcher.extract(warped[0])
     for count in (1, 7, 100):
@@ -388,13 +388,13 @@ def test_parameters_take_effect_while_running(matcher: FeatureMatcher, warped: A
     assert same(matcher.extract(warped[0]), features0)
 
 
-def test_where_confidences_have_no_effect_it_says_so(random_folder: Callable[..., Path]) -> None:
-    def told(**options: Any) -> list[str]:
+def test_confidences_without_effect_are_reported_as_such(random_folder: Callable[..., Path]) -> None:
+    def confidences_with(**options: Any) -> list[str]:
         options = {"device": "cpu", "precision": "float32", **options}
         matcher = FeatureMatcher.from_pretrained(random_folder(superglue=options.pop("superglue", None)), **options)
         return list(matcher.confidences().values())
 
-    assert told(depth_confidence=0.9, width_confidence=-1.0) == ["0.9", "off"]
+    assert confidences_with(depth_confidence=0.9, width_confidence=-1.0) == ["0.9", "off"]
     lightglue = FeatureMatcher(PARAMETERS, width_confidence=0.9)
     for above, said in (
         (0, "0.9"),
@@ -405,12 +405,14 @@ def test_where_confidences_have_no_effect_it_says_so(random_folder: Callable[...
         assert lightglue.confidences()["width_confidence"] == said
     no_lightglue = ["no effect: the matcher is not LightGlue"] * 2
     assert list(FeatureMatcher(PARAMETERS, matcher="nearest").confidences().values()) == no_lightglue
-    assert told(superglue={}) == no_lightglue
+    assert confidences_with(superglue={}) == no_lightglue
     pytest.importorskip("onnxruntime")
-    assert all(text.startswith("no effect: backend onnxruntime") for text in told(backend="onnxruntime"))
+    assert all(text.startswith("no effect: backend onnxruntime") for text in confidences_with(backend="onnxruntime"))
 
 
-def test_a_folder_brings_its_own_detector(random_folder: Callable[..., Path], texture: Any) -> None:
+def test_a_folder_with_matcher_and_detector_uses_its_own_detector(
+    random_folder: Callable[..., Path], texture: Any
+) -> None:
     matcher = FeatureMatcher.from_pretrained(random_folder(), device="cpu", precision="float32", max_keypoints=50)
     features = matcher.extract(texture(64, 96, 0))
     assert features.descriptors.shape == (50, 64)
@@ -420,7 +422,9 @@ def test_a_folder_brings_its_own_detector(random_folder: Callable[..., Path], te
 # ------------------------------------------------------------------------------------------------------ several at once
 
 
-def test_images_of_different_sizes_give_as_a_batch_what_each_gives_alone(matcher: FeatureMatcher, texture: Any) -> None:
+def test_a_batch_of_different_sizes_gives_the_same_features_as_each_image_alone(
+    matcher: FeatureMatcher, texture: Any
+) -> None:
     images = [texture(64, 96, 0), texture(80, 72, 1), texture(64, 96, 2), texture(5, 5, 3)]
     found = matcher.extract_batch(images)
     assert len(found) == len(images)
@@ -432,7 +436,7 @@ def test_images_of_different_sizes_give_as_a_batch_what_each_gives_alone(matcher
     assert matcher.extract_batch([]) == []
 
 
-def test_matches_tell_about_every_keypoint_of_both_images(matcher: FeatureMatcher, warped: Any) -> None:
+def test_the_assignment_covers_every_keypoint_of_both_images(matcher: FeatureMatcher, warped: Any) -> None:
     features = [matcher.extract(image) for image in warped[:2]]
     matches = matcher.match(*features)
     both = matches.assignment
@@ -446,21 +450,21 @@ def test_matches_tell_about_every_keypoint_of_both_images(matcher: FeatureMatche
     assert isinstance(matches.numpy().assignment.matches0, np.ndarray)
 
 
-def test_features_of_another_extractor_are_refused_by_name_and_size(matcher: FeatureMatcher, warped: Any) -> None:
+def test_features_with_another_descriptor_size_are_refused(matcher: FeatureMatcher, warped: Any) -> None:
     features = matcher.extract(warped[0])
     foreign = replace(features, descriptors=features.descriptors[:, :64])
     with pytest.raises(ValueError, match=r"shape \(\d+, 64\); the matcher lightglue-superpoint-open takes \(N, 128\)"):
         matcher.match(features, foreign)
 
 
-def test_warming_up_changes_nothing(matcher: FeatureMatcher) -> None:
+def test_warming_up_does_not_change_the_results(matcher: FeatureMatcher) -> None:
     fresh = FeatureMatcher(PARAMETERS)
     fresh.warm_up(96, 64)
     image = np.random.default_rng(1).integers(0, 256, (64, 96), dtype=np.uint8)
     assert same(fresh.extract(image), matcher.extract(image))
 
 
-def test_warming_up_takes_the_largest_size_that_images_may_be_brought_to() -> None:
+def test_warming_up_accepts_the_largest_resize() -> None:
     matcher = FeatureMatcher(device="cpu", profile="fast", max_keypoints=64, resize=3341)
     matcher.warm_up()  # 640x480 would become 3341x2506 pixels, which is too large
     with pytest.raises(ImageError, match="3341 x 2506 pixels is too large"):
@@ -476,7 +480,7 @@ def test_unknown_options_and_wrong_values_are_refused() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-def test_a_gpu_finds_what_the_processor_does(matcher: FeatureMatcher, warped: Any, precision: str) -> None:
+def test_a_gpu_finds_nearly_the_same_matches_as_the_cpu(matcher: FeatureMatcher, warped: Any, precision: str) -> None:
     on_gpu = FeatureMatcher(PARAMETERS, device="cuda", precision=precision)
     features = [on_gpu.extract(image) for image in warped[:2]]
     assert features[0].keypoints.is_cuda

@@ -29,7 +29,7 @@ def folder(texture: Callable[..., object], tmp_path: Path, monkeypatch: pytest.M
     return tmp_path
 
 
-def test_match_without_options_says_where_the_picture_is_and_what_is_next(kpmatch: Run, folder: Path) -> None:
+def test_match_without_options_prints_the_path_of_the_picture_and_the_next_command(kpmatch: Run, folder: Path) -> None:
     status, out, err = kpmatch("match", "left hand.png", "right.png", *FAST)
     assert (status, err) == (0, "")
     assert out.splitlines()[-2].split(None, 1) == ["picture", "left hand_right_matches.png"]
@@ -38,19 +38,19 @@ def test_match_without_options_says_where_the_picture_is_and_what_is_next(kpmatc
     assert cv2.imread(str(folder / "left hand_right_matches.png")).shape[0] == 120
 
 
-def test_match_with_intrinsics_leads_to_a_recording(kpmatch: Run, folder: Path) -> None:
+def test_match_with_intrinsics_suggests_kpmatch_bag(kpmatch: Run, folder: Path) -> None:
     _, out, _ = kpmatch("match", "left hand.png", "right.png", *FAST, "--intrinsics", "150,150,80,60")
     assert "kpmatch bag BAG OUT --report report.html" in out.splitlines()[-1]
 
 
-def test_json_and_save_leave_no_other_picture(kpmatch: Run, folder: Path) -> None:
+def test_json_and_save_write_no_default_picture(kpmatch: Run, folder: Path) -> None:
     before = set(folder.iterdir())
     kpmatch("match", "left hand.png", "right.png", *FAST, "--json")
     kpmatch("match", "left hand.png", "right.png", *FAST, "--save", "mine.png")
     assert set(folder.iterdir()) - before == {folder / "mine.png"}
 
 
-def test_help_begins_with_the_four_commands_that_matter(kpmatch: Run) -> None:
+def test_help_begins_with_the_four_main_commands(kpmatch: Run) -> None:
     _, out, _ = kpmatch("--help")
     names = re.findall(r"^    (\w+) ", out, re.MULTILINE)
     assert names[names.index("match") :][:4] == ["match", "bag", "demo", "doctor"]
@@ -85,7 +85,7 @@ def test_a_shell_completes_commands_and_options(line: str, expected: list[str], 
         ),
     ],
 )
-def test_the_doctors_last_line_says_what_to_do_next(
+def test_the_last_line_of_the_doctor_suggests_the_next_command(
     findings: list[Finding], last: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("KPMATCH_PREFIX", raising=False)
@@ -95,7 +95,7 @@ def test_the_doctors_last_line_says_what_to_do_next(
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
-def test_where_there_is_ros2_the_doctor_names_the_launch_file(
+def test_the_doctor_names_the_launch_file_if_ros2_is_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("KPMATCH_PREFIX", raising=False)

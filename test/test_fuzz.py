@@ -123,7 +123,7 @@ def good_images(texture: Any) -> list[Image]:
     return [Image(encoding="mono8", width=WIDTH, height=HEIGHT, step=WIDTH, data=view.tobytes()) for view in views]
 
 
-def assert_nothing_but_numbers(matches: list[MatchArray], poses: list[RelativePose]) -> None:
+def assert_finite_and_consistent(matches: list[MatchArray], poses: list[RelativePose]) -> None:
     """Check that all published values are finite, and that the arrays of a message fit together."""
     for message in matches:
         count = len(message.scores)
@@ -143,7 +143,7 @@ def assert_nothing_but_numbers(matches: list[MatchArray], poses: list[RelativePo
 
 
 def assert_good_frames_are_processed(node: NodeUnderTest, images: list[Image], seconds: float) -> None:
-    assert_nothing_but_numbers(node.matches, node.poses)
+    assert_finite_and_consistent(node.matches, node.poses)
     node.matches.clear()
     node.poses.clear()
     for i, message in enumerate(images):
@@ -158,7 +158,7 @@ def assert_good_frames_are_processed(node: NodeUnderTest, images: list[Image], s
     assert (np.linalg.norm(moved - (16, 8), axis=1) < 2).sum() > 5
 
 
-def figures_add_up(node: NodeUnderTest) -> None:
+def assert_figures_add_up(node: NodeUnderTest) -> None:
     """Check that each diagnostics message accounts for each received frame once."""
     for array in node.diagnostics:
         counts = {item.key: int(item.value) for item in array.status[0].values if item.key.startswith("frames ")}
@@ -168,7 +168,7 @@ def figures_add_up(node: NodeUnderTest) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_thousands_of_messages_of_any_kind_do_no_harm(
+def test_the_node_survives_thousands_of_random_images_and_calibrations(
     tmp_path: Path, random_folder: Callable[..., Path], texture: Any
 ) -> None:
     rng = np.random.default_rng(2026)
@@ -187,7 +187,7 @@ def test_thousands_of_messages_of_any_kind_do_no_harm(
                 assert_good_frames_are_processed(node, images, 3000.0 + number)
         figures = node.wait_for_figure("frames received", str(sent))
         figures = node.wait_for_figure("frames waiting", "0")
-        figures_add_up(node)
+        assert_figures_add_up(node)
         reasons = {key: int(value) for key, value in figures.items() if key.startswith("rejected: ")}
         expected = {f"rejected: {reason}" for reason in ("data", "encoding", "size", "step", "value")}
         assert set(reasons) == expected, node.log
@@ -209,7 +209,7 @@ def unusable_calibrations() -> dict[str, CameraInfo]:
     return infos
 
 
-def test_each_reason_to_refuse_a_calibration_is_counted_and_costs_no_frame(
+def test_refused_calibrations_are_counted_by_reason_and_cost_no_frame(
     tmp_path: Path, random_folder: Callable[..., Path], texture: Any
 ) -> None:
     folder = str(random_folder())
@@ -233,7 +233,7 @@ def test_each_reason_to_refuse_a_calibration_is_counted_and_costs_no_frame(
         assert node.stop() == 0
 
 
-def compressed(rng: np.random.Generator, texture: Any) -> Iterator[CompressedImage]:
+def random_compressed_images(rng: np.random.Generator, texture: Any) -> Iterator[CompressedImage]:
     """Yield JPEG and PNG files, valid and broken in any way, with correct and wrong names."""
     for number in range(400):
         pixels = texture(64, 64, number % 5)[: int(rng.choice([1, 8, 33, 64])), : int(rng.choice([1, 8, 33, 64]))]
@@ -253,7 +253,7 @@ def compressed(rng: np.random.Generator, texture: Any) -> Iterator[CompressedIma
         yield CompressedImage(format=str(rng.choice(names)), data=bytes(content))
 
 
-def test_compressed_images_of_any_kind_do_no_harm(
+def test_the_node_survives_random_compressed_images(
     tmp_path: Path, random_folder: Callable[..., Path], texture: Any
 ) -> None:
     rng = np.random.default_rng(7)
@@ -265,17 +265,17 @@ def test_compressed_images_of_any_kind_do_no_harm(
         node.wait_for(publisher.get_subscription_count, "the node to come up")
         node.wait_for(lambda: node.node.count_publishers("matches"), "its topics")
         node.wait_until_known()
-        for message in compressed(rng, texture):
+        for message in random_compressed_images(rng, texture):
             publisher.publish(stamped(message, random_stamp(rng), random_frame(rng)))
         for i, good in enumerate(good_images(texture)):
             pixels = np.frombuffer(good.data, np.uint8).reshape(HEIGHT, WIDTH)
             png = cv2.imencode(".png", pixels)[1].tobytes()
             publisher.publish(stamped(CompressedImage(format="png", data=png), 5000.0 + i, "good"))
         node.wait_for(lambda: any(each.reference.frame_id == "good" for each in node.matches), "the good pair")
-        assert_nothing_but_numbers(node.matches, node.poses)
+        assert_finite_and_consistent(node.matches, node.poses)
         figures = node.wait_for_figure("frames waiting", "0")
         assert int(figures["rejected: decode"]) > 50 and int(figures["frames processed"]) > 50
         assert figures["frames received"] == "402"
-        figures_add_up(node)
+        assert_figures_add_up(node)
         assert "Traceback" not in node.log
         assert node.stop() == 0

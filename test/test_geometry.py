@@ -26,23 +26,23 @@ from kpmatch_ros.geometry.two_view_rotation import fit_rotation, small_parallax_
 # The convention
 
 
-def test_a_camera_that_moved_right_is_to_the_right() -> None:
+def test_a_camera_that_moved_right_has_a_positive_x_translation() -> None:
     pose = Scene(rotation=(0, 0, 0), translation=(0.3, 0, 0)).estimate(100, 0)
     np.testing.assert_allclose(pose.translation, [1, 0, 0], atol=1e-6)
     np.testing.assert_allclose(pose.rotation, np.eye(3), atol=1e-6)
 
 
-def test_a_camera_that_turned_right_has_its_axis_to_the_right() -> None:
+def test_a_camera_that_turned_right_has_its_optical_axis_to_the_right() -> None:
     pose = Scene(rotation=(0, 0.2, 0)).estimate(100, 0)
     np.testing.assert_allclose(pose.rotation @ [0, 0, 1], [math.sin(0.2), 0, math.cos(0.2)], atol=1e-6)
 
 
-def test_parallax_is_what_is_left_of_the_motion_without_the_rotation() -> None:
+def test_the_parallax_is_the_displacement_without_the_rotation() -> None:
     scene = Scene(rotation=(0, 0, 0.3), translation=(0.2, 0, 0), depth=(3.999, 4.001))
     assert math.isclose(scene.estimate(200, 0).median_parallax, 500 * 0.2 / 4, rel_tol=0.02)
 
 
-def test_a_rotation_that_parallax_may_have_turned_is_less_sure() -> None:
+def test_the_rotation_covariance_includes_the_effect_of_undecided_parallax() -> None:
     """Some pixels of parallax may come from matches that slipped along edges, so the status is NO_TRANSLATION."""
     errors, doubted = [], 0
     for seed in range(20):
@@ -106,23 +106,23 @@ def test_the_two_images_may_come_from_different_cameras(cameras: tuple[Camera, C
     ],
     ids=["30 %", "50 %", "forward", "backward", "wide baseline", "whole pixels", "fisheye"],
 )
-def test_noise_and_wrong_matches_leave_the_pose_within_bounds(change: dict[str, Any]) -> None:
+def test_the_pose_error_is_bounded_with_noise_and_outliers(change: dict[str, Any]) -> None:
     rotation, direction = worst(replace(Scene(noise=0.5), **change), 300, range(6))
     assert rotation < 0.35 and direction < 2.5
 
 
-def test_four_wrong_matches_in_five_are_survived() -> None:
+def test_the_pose_is_found_with_80_percent_outliers() -> None:
     rotation, direction = worst(Scene(noise=0.5, outliers=0.8), 250, range(3))
     assert rotation < 1 and direction < 5
 
 
-def test_a_plane_is_survived() -> None:
+def test_the_pose_is_found_in_a_planar_scene() -> None:
     scene = Scene(plane=True, translation=(0.6, 0.1, 0.2), noise=0.5, outliers=0.3)
     rotation, direction = worst(scene, 300, range(6))
     assert rotation < 1 and direction < 5
 
 
-def test_the_inliers_are_the_right_matches() -> None:
+def test_the_inliers_are_the_correct_matches() -> None:
     scene = Scene(noise=0.3, outliers=0.4)
     _, _, right = scene.matches(300, 0)
     inliers = scene.estimate(300, 0).inliers
@@ -131,7 +131,7 @@ def test_the_inliers_are_the_right_matches() -> None:
     assert (inliers & ~right).sum() < 0.05 * (~right).sum()
 
 
-def test_the_reprojection_error_is_in_pixels_of_the_image_even_at_the_edge_of_a_fisheye() -> None:
+def test_the_inlier_threshold_is_in_image_pixels_even_at_the_edge_of_a_fisheye() -> None:
     # At 70 degrees off the axis, a pixel covers eight times as many normalised coordinates as at the centre.
     scene = Scene(camera0=FISHEYE, camera1=FISHEYE, noise=0.3)
     points0, _, _ = scene.matches(400, 0)
@@ -166,9 +166,7 @@ TURN = Scene(rotation=(0.03, -0.06, 0.02), translation=(0, 0, 0))
     ],
     ids=["noise", "wrong matches", "whole pixels", "less than a pixel", "standing still", "wide image"],
 )
-def test_turning_and_standing_cameras_get_a_translation_no_more_often_than_stated(
-    scene: Scene, resolution: float
-) -> None:
+def test_rotating_and_static_cameras_get_a_translation_only_at_the_stated_rate(scene: Scene, resolution: float) -> None:
     trials, alarms, errors = 60, 0, []
     for seed in range(trials):
         pose = scene.estimate(120, seed, keypoint_resolution=resolution)
@@ -191,7 +189,7 @@ def test_the_small_parallax_test_alone_keeps_its_false_alarm_rate() -> None:
     assert fired <= 0.05 * trials
 
 
-def test_keypoints_that_did_not_move_at_all_are_a_standing_camera() -> None:
+def test_keypoints_that_do_not_move_mean_a_static_camera() -> None:
     points = np.random.default_rng(0).integers(0, 480, (200, 2))
     pose = estimate_relative_pose(points, points, DRONE, DRONE)
     check(pose, 200)
@@ -200,7 +198,7 @@ def test_keypoints_that_did_not_move_at_all_are_a_standing_camera() -> None:
     assert 0 < pose.covariance[3, 3] < math.radians(0.1) ** 2  # rounding hides a small rotation
 
 
-def test_keypoints_that_jitter_along_edges_are_no_translation() -> None:
+def test_keypoints_that_jitter_along_edges_give_no_translation() -> None:
     # As measured with the default weights in a scene of mostly horizontal edges: 0.75 pixels along, 0.5 pixels across.
     for seed in range(20):
         points0, points1, _ = replace(TURN, outliers=0.1).matches(300, seed)
@@ -210,7 +208,7 @@ def test_keypoints_that_jitter_along_edges_are_no_translation() -> None:
             assert pose.status is PoseStatus.NO_TRANSLATION
 
 
-def test_a_small_parallax_is_told_from_noise_where_there_are_matches_enough() -> None:
+def test_a_small_parallax_is_distinguished_from_noise_with_enough_matches() -> None:
     # A few centimetres between frames: 2 to 6 pixels, most of which a rotation can explain.
     scene = Scene(rotation=(0.01, -0.01, 0.02), translation=(0.04, 0.01, 0.01), noise=0.5, outliers=0.3)
     found = [scene.estimate(600, seed) for seed in range(10)]
@@ -218,7 +216,7 @@ def test_a_small_parallax_is_told_from_noise_where_there_are_matches_enough() ->
     assert np.median([degrees(scene.error(pose))[1] for pose in found]) < 5
 
 
-def test_keypoints_that_slip_along_edges_are_no_translation() -> None:
+def test_keypoints_that_slip_along_edges_give_no_translation() -> None:
     # In a room with many horizontal edges, 10 % of a standing camera's keypoints move by a few pixels along an edge.
     random = np.random.default_rng(1)
     for _ in range(20):
@@ -249,14 +247,14 @@ def test_a_small_translation_is_found(scene: Scene) -> None:
     assert np.median(directions) < 8
 
 
-def test_a_few_near_points_before_a_far_background_give_the_translation() -> None:
+def test_a_few_near_points_in_front_of_a_far_background_give_the_translation() -> None:
     scene = Scene(far=0.92, depth=(2, 5), noise=0.3, outliers=0.1)
     poses = [scene.estimate(500, seed) for seed in range(10)]
     assert sum(pose.status is PoseStatus.OK for pose in poses) >= 9
     assert np.median([degrees(scene.error(pose))[1] for pose in poses if pose.status is PoseStatus.OK]) < 3
 
 
-def test_without_translation_its_covariance_is_that_of_any_direction() -> None:
+def test_without_a_translation_its_covariance_allows_any_direction() -> None:
     pose = replace(TURN, noise=0.3).estimate(200, 0)
     np.testing.assert_array_equal(pose.covariance[:3, :3], np.eye(3) / 3)
     assert not pose.covariance[:3, 3:].any()
@@ -278,14 +276,14 @@ def normalised_errors(scene: Scene, count: int, trials: int) -> np.ndarray:
     return np.array(values)
 
 
-def test_the_covariance_is_that_of_the_errors() -> None:
+def test_the_covariance_agrees_with_the_errors() -> None:
     trials = 60
     values = normalised_errors(Scene(noise=0.5), 150, trials)
     low, high = chi2.ppf([0.025, 0.975], 5 * trials) / trials
     assert low < values.mean() < high
 
 
-def test_the_covariance_of_a_rotation_alone_is_that_of_its_errors() -> None:
+def test_the_covariance_of_a_pure_rotation_agrees_with_the_errors() -> None:
     trials = 60
     values = normalised_errors(replace(TURN, noise=0.4), 150, trials)
     low, high = chi2.ppf([0.025, 0.975], 3 * trials) / trials
@@ -302,19 +300,19 @@ def test_the_covariance_of_a_rotation_alone_is_that_of_its_errors() -> None:
     ],
     ids=["wrong matches", "rounded", "forward", "small parallax"],
 )
-def test_the_covariance_stays_about_right_in_harder_cases(change: dict[str, Any]) -> None:
+def test_the_covariance_is_approximately_correct_in_harder_cases(change: dict[str, Any]) -> None:
     values = normalised_errors(replace(Scene(noise=0.5), **change), 200, 40)
     assert 2.5 < np.median(values) < 7.5  # 4.35 for a chi-square distribution
     assert np.mean(values > chi2.ppf(0.999, 5)) < 0.15
 
 
-def test_a_unit_vector_does_not_vary_along_itself() -> None:
+def test_the_covariance_of_a_unit_translation_is_zero_along_it() -> None:
     pose = Scene(noise=0.5).estimate(150, 0)
     assert abs(pose.translation @ pose.covariance[:3, :3] @ pose.translation) < 1e-12
     assert np.linalg.matrix_rank(pose.covariance, tol=1e-12) == 5
 
 
-def test_whole_pixels_are_no_more_certain_than_rounding_allows() -> None:
+def test_the_covariance_includes_the_rounding_of_keypoints() -> None:
     exact = Scene()
     coarse, fine = (exact.estimate(200, 0, keypoint_resolution=resolution) for resolution in (2.0, 1.0))
     np.testing.assert_allclose(coarse.covariance, 4 * fine.covariance, rtol=0.2, atol=1e-9)
@@ -340,7 +338,7 @@ def test_the_same_matches_give_the_same_pose_from_any_thread() -> None:
             np.testing.assert_array_equal(pose.inliers, first.inliers)
 
 
-def test_single_precision_pixels_are_as_good() -> None:
+def test_float32_pixels_give_the_same_accuracy() -> None:
     scene = Scene(noise=0.5)
     points0, points1, _ = scene.matches(200, 0)
     pose = estimate_relative_pose(points0.astype(np.float32), points1.astype(np.float32), CAMERA, CAMERA)
@@ -359,14 +357,14 @@ def test_without_calibration_there_is_no_pose() -> None:
 
 
 @pytest.mark.parametrize("count,options", [(0, {}), (14, {}), (29, dict(min_inliers=30)), (7, dict(min_inliers=0))])
-def test_too_few_matches_are_named_so(count: int, options: dict[str, Any]) -> None:
+def test_too_few_matches_give_the_status_too_few_matches(count: int, options: dict[str, Any]) -> None:
     points0, points1, _ = Scene().matches(40, 0)
     pose = estimate_relative_pose(points0[:count], points1[:count], CAMERA, CAMERA, **options)
     check(pose, count)
     assert pose.status is PoseStatus.TOO_FEW_MATCHES and pose.inliers is None
 
 
-def test_too_few_inliers_are_named_so_and_shown() -> None:
+def test_too_few_inliers_give_the_status_too_few_matches_with_the_inliers() -> None:
     scene = Scene(outliers=0.7)
     _, _, right = scene.matches(100, 0)
     pose = scene.estimate(100, 0, min_inliers=50)
@@ -375,7 +373,7 @@ def test_too_few_inliers_are_named_so_and_shown() -> None:
 
 
 @pytest.mark.parametrize("count", [15, 50, 200, 600])
-def test_matches_at_random_fail(count: int) -> None:
+def test_random_matches_give_the_status_failed(count: int) -> None:
     for seed in range(4):
         pose = Scene(outliers=1.0).estimate(count, seed)
         assert pose.status is PoseStatus.FAILED and pose.inliers is not None
@@ -410,7 +408,7 @@ pixel = st.tuples(coordinate, coordinate)
     st.sampled_from([0.0, 1.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_matches_give_a_pose_or_none_and_never_an_error(
+def test_any_matches_give_a_valid_result_and_no_exception(
     pairs: list[Any], camera: Camera, threshold: float, resolution: float
 ) -> None:
     points = np.array(pairs).reshape(-1, 2, 2)
@@ -446,7 +444,7 @@ def line(slope: ArrayLike, offset: ArrayLike) -> np.ndarray:
     ],
     ids=["one point", "one match", "line", "two lines", "epipolar line", "all to one", "six, repeated", "diagonal"],
 )
-def test_degenerate_matches_give_a_pose_or_none_and_never_an_error(
+def test_degenerate_matches_give_a_valid_result_and_no_exception(
     points0: np.ndarray, points1: np.ndarray, camera: Camera, resolution: float
 ) -> None:
     check(estimate_relative_pose(points0, points1, camera, camera, keypoint_resolution=resolution), 60)
@@ -463,6 +461,6 @@ def test_degenerate_matches_give_a_pose_or_none_and_never_an_error(
         ((np.zeros((20, 2)), np.zeros((20, 2))), dict(keypoint_resolution=-1)),
     ],
 )
-def test_misuse_is_refused(arrays: tuple[np.ndarray, np.ndarray], options: dict[str, float]) -> None:
+def test_invalid_arguments_are_refused(arrays: tuple[np.ndarray, np.ndarray], options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"must"):
         estimate_relative_pose(*arrays, CAMERA, CAMERA, **options)

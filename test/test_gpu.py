@@ -37,7 +37,7 @@ HAS_GPU = torch.cuda.is_available()
 ON_GPU = pytest.mark.skipif(not HAS_GPU, reason="PyTorch sees no GPU; the same test ran on the processor")
 
 # float16 cannot be tested on a CPU, because the package refuses it there.
-WAYS = [
+SETTINGS = [
     pytest.param(("cpu", "float32"), id="cpu-float32"),
     pytest.param(("cpu", "bfloat16"), id="cpu-bfloat16"),
     pytest.param(("cuda", "float32"), id="cuda-float32", marks=ON_GPU),
@@ -46,8 +46,8 @@ WAYS = [
 ]
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> tuple[str, str]:
+@pytest.fixture(params=SETTINGS)
+def setting(request: pytest.FixtureRequest) -> tuple[str, str]:
     """A device and a precision."""
     return request.param  # type: ignore[no-any-return]
 
@@ -111,19 +111,19 @@ def match(matcher: FeatureMatcher, image0: Image, image1: Image) -> tuple[Featur
     return features0.numpy(), features1.numpy(), matcher.match(features0, features1).numpy()
 
 
-def share_in_common(first: Matches, second: Matches) -> float:
+def common_matches(first: Matches, second: Matches) -> float:
     """Return the number of common matches as a fraction of all matches of both; 1 if there are none."""
     ours, theirs = (set(map(tuple, np.asarray(matches.indices).tolist())) for matches in (first, second))
     return len(ours & theirs) / len(ours | theirs) if ours | theirs else 1.0
 
 
-def share_of_keypoints(first: Features, second: Features, pixels: float) -> float:
+def common_keypoints(first: Features, second: Features, pixels: float) -> float:
     """Return the fraction of the first keypoints with one of the second keypoints within this distance."""
     distances = np.linalg.norm(np.asarray(first.keypoints)[:, None] - np.asarray(second.keypoints)[None], axis=2)
     return float((distances.min(axis=1) < pixels).mean())
 
 
-def enliven(model: nn.Module, seed: int) -> nn.Module:
+def set_random_weights(model: nn.Module, seed: int) -> nn.Module:
     """Set random weights that preserve the spread of the activations."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -136,59 +136,65 @@ def enliven(model: nn.Module, seed: int) -> nn.Module:
 # Same results as on the CPU
 
 
-def test_it_finds_what_the_processor_finds(warped: Any, way: tuple[str, str]) -> None:
+def test_matches_on_the_device_agree_with_those_on_the_cpu(warped: Any, setting: tuple[str, str]) -> None:
     parameters = Parameters(max_keypoints=256)
     reference = match(FeatureMatcher(parameters, device="cpu", precision="float32"), *warped[:2])
-    ours = with_recordings(FeatureMatcher(parameters, device=way[0], precision=way[1]))
-    assert ours.extract(warped[0]).keypoints.device.type == way[0]  # type: ignore[union-attr]
+    ours = with_recordings(FeatureMatcher(parameters, device=setting[0], precision=setting[1]))
+    assert ours.extract(warped[0]).keypoints.device.type == setting[0]  # type: ignore[union-attr]
     features0, features1, matches = match(ours, *warped[:2])
     assert len(matches) > 0.9 * len(reference[2])
-    assert share_of_keypoints(features0, reference[0], pixels=1.5) > 0.95
+    assert common_keypoints(features0, reference[0], pixels=1.5) > 0.95
     seen = cv2.perspectiveTransform(np.float64(features0.keypoints)[matches.indices[:, 0]][None], warped[2])[0]
     distances = np.linalg.norm(seen - np.asarray(features1.keypoints)[matches.indices[:, 1]], axis=1)
     assert (distances < 3).mean() > 0.9
     # Features stored on the host can be matched, too.
     again = ours.match(features0, features1).numpy()
-    assert share_in_common(again, matches) > 0.99
+    assert common_matches(again, matches) > 0.99
 
 
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
-def test_extractors_find_what_they_find_on_the_processor(
-    kind: Any, way: tuple[str, str], picture: Callable[..., Tensor]
+def test_extractors_find_nearly_the_same_keypoints_as_on_the_cpu(
+    kind: Any, setting: tuple[str, str], picture: Callable[..., Tensor]
 ) -> None:
     threshold = {"keypoint_threshold": -1e30 if kind is DISK else 0.0}
-    model = enliven(kind(max_keypoints=100, **threshold), seed=2)
+    model = set_random_weights(kind(max_keypoints=100, **threshold), seed=2)
     image = picture(96, 128)[None]
     image = image.mean(dim=1, keepdim=True) if kind.CHANNELS == 1 else image
     expected = model(image)
-    moved = model.to(way[0])
-    dtype = getattr(torch, way[1])
-    found = graphs_for(torch.device(way[0])).run(moved.to_precision(dtype), image.to(way[0]))
+    moved = model.to(setting[0])
+    dtype = getattr(torch, setting[1])
+    found = graphs_for(torch.device(setting[0])).run(moved.to_precision(dtype), image.to(setting[0]))
     assert found.mask.all() and torch.isfinite(found.descriptors).all()
     near = torch.cdist(found.keypoints.float().cpu(), expected.keypoints).amin(dim=2) < 1.5
     # Random weights give scores that differ little. With half precision, or the TensorFloat-32 of a GPU's convolutions,
     # other keypoints are among the best.
-    assert near.float().mean() > {("cpu", "float32"): 0.9, ("cuda", "float32"): 0.7}.get(way, 0.4)
+    assert near.float().mean() > {("cpu", "float32"): 0.9, ("cuda", "float32"): 0.7}.get(setting, 0.4)
 
 
 @pytest.mark.parametrize("name", ["LightGlue", "SuperGlue", "nearest"])
-def test_matchers_match_as_on_the_processor(make: Make, film: list[Image], way: tuple[str, str], name: str) -> None:
+def test_matchers_find_nearly_the_same_matches_as_on_the_cpu(
+    make: Make, film: list[Image], setting: tuple[str, str], name: str
+) -> None:
     options = {"LightGlue": {}, "SuperGlue": {"random": "superglue"}, "nearest": {"matcher": "nearest"}}[name]
     reference = make("cpu", "float32", recorded=False, **options)
     features = [reference.extract(image) for image in film[:2]]
     expected = reference.match(*features).numpy()
-    ours = make(*way, **options)
+    ours = make(*setting, **options)
     found = ours.match(*(each.numpy() for each in features)).numpy()
     assert len(expected) > 20
-    assert share_in_common(found, expected) > (0.99 if way[1] == "float32" else 0.8)
+    assert common_matches(found, expected) > (0.99 if setting[1] == "float32" else 0.8)
 
 
 # Same results with CUDA graphs
 
 
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
-def test_recorded_extractors_find_the_same(kind: Any, device: torch.device, picture: Callable[..., Tensor]) -> None:
-    model = enliven(kind(max_keypoints=60, keypoint_threshold=-1e30 if kind is DISK else 0.0), seed=1).to(device)
+def test_extractors_with_graphs_give_the_same_results(
+    kind: Any, device: torch.device, picture: Callable[..., Tensor]
+) -> None:
+    model = set_random_weights(kind(max_keypoints=60, keypoint_threshold=-1e30 if kind is DISK else 0.0), seed=1).to(
+        device
+    )
     graphs = graphs_for(device)
     images = [picture(height, 96, seed)[None].to(device) for seed, height in enumerate((64, 64, 72, 64))]
     for image in images:
@@ -200,10 +206,10 @@ def test_recorded_extractors_find_the_same(kind: Any, device: torch.device, pict
 
 @pytest.mark.parametrize("random", ["lightglue", "superglue"])
 @pytest.mark.parametrize("counts", [(256, 256), (100, 100), (200, 40), (1, 256), (300, 2)], ids=str)
-def test_recorded_matchers_match_the_same(
-    make: Make, way: tuple[str, str], random: str, counts: tuple[int, int]
+def test_matchers_with_graphs_give_the_same_results(
+    make: Make, setting: tuple[str, str], random: str, counts: tuple[int, int]
 ) -> None:
-    matcher = make(*way, random=random)
+    matcher = make(*setting, random=random)
     features = [random_features(count, matcher.extractor.descriptor_size, seed) for seed, count in enumerate(counts)]
     found = matcher.match(*features).numpy()
     found_again = matcher.match(*features).numpy()
@@ -212,9 +218,9 @@ def test_recorded_matchers_match_the_same(
     expected = matcher.match(*features).numpy()
     assert np.array_equal(found.indices, found_again.indices)
     assert found.assignment.matches0.shape == (1, counts[0]) and found.assignment.matches1.shape == (1, counts[1])
-    tolerance = 1e-3 if way[1] == "float32" else 0.1
+    tolerance = 1e-3 if setting[1] == "float32" else 0.1
     assert np.abs(np.asarray(found.assignment.scores0) - np.asarray(expected.assignment.scores0)).mean() < tolerance
-    assert share_in_common(found, expected) >= (0.99 if way[1] == "float32" else 0.8)
+    assert common_matches(found, expected) >= (0.99 if setting[1] == "float32" else 0.8)
     assert found.layers == expected.layers
 
 
@@ -232,7 +238,7 @@ def random_features(count: int, size: int, seed: int) -> Features:
     )
 
 
-def test_a_smaller_number_of_points_after_a_larger_one_leaves_nothing_behind(make: Make, device: torch.device) -> None:
+def test_a_larger_match_does_not_affect_a_later_smaller_one(make: Make, device: torch.device) -> None:
     matcher = make(device)
     size = matcher.extractor.descriptor_size
     few = [random_features(20, size, seed) for seed in (0, 1)]
@@ -245,12 +251,12 @@ def test_a_smaller_number_of_points_after_a_larger_one_leaves_nothing_behind(mak
 
 
 @pytest.mark.parametrize("count", [*SIZES, 1, 257, 4097])
-def test_numbers_of_points_are_rounded_up_to_few(count: int) -> None:
+def test_numbers_of_points_are_rounded_up_to_a_few_sizes(count: int) -> None:
     size = padded_size(count)
     assert size is None if count > SIZES[-1] else size in SIZES and size >= count
 
 
-def test_changed_parameters_are_in_force_at_once(make: Make, device: torch.device, film: list[Image]) -> None:
+def test_changed_parameters_take_effect_at_once(make: Make, device: torch.device, film: list[Image]) -> None:
     matcher = make(device, max_keypoints=60, keypoint_threshold=0.0005)
     features0, _, matches = match(matcher, *film[:2])
     matcher.configure(matcher.parameters.replace({"max_keypoints": 30, "filter_threshold": 0.99}))
@@ -265,25 +271,29 @@ def test_changed_parameters_are_in_force_at_once(make: Make, device: torch.devic
 
 
 @pytest.mark.parametrize("confidence", [-1.0, 0.6])
-def test_the_matches_of_a_sequence(make: Make, way: tuple[str, str], film: list[Image], confidence: float) -> None:
-    matchers = [make(*way, recorded=recorded, depth_confidence=confidence) for recorded in (True, False)]
+def test_matches_of_a_sequence_agree_with_and_without_graphs(
+    make: Make, setting: tuple[str, str], film: list[Image], confidence: float
+) -> None:
+    matchers = [make(*setting, recorded=recorded, depth_confidence=confidence) for recorded in (True, False)]
     fronts = [FrontEnd(matcher.parameters, matcher) for matcher in matchers]
     shares, layers = [], []
-    frames = 8 if way[0] == "cuda" else 3  # the imitation computes everything twice
+    frames = 8 if setting[0] == "cuda" else 3  # the imitation computes everything twice
     for i, image in enumerate(film[:frames]):
         pairs = [front.register_frame(image, i * 100_000_000)[1] for front in fronts]
         if None not in pairs and i > 0:
-            shares.append(share_in_common(*pairs))  # type: ignore[arg-type]
+            shares.append(common_matches(*pairs))  # type: ignore[arg-type]
             layers.append(tuple(pair.layers for pair in pairs))  # type: ignore[union-attr]
             assert len(pairs[0].indices) > 20  # type: ignore[union-attr]
     assert len(shares) == frames - 1
-    assert np.mean(shares) > (0.99 if way[1] == "float32" else 0.8)
-    if way[1] == "float32":
+    assert np.mean(shares) > (0.99 if setting[1] == "float32" else 0.8)
+    if setting[1] == "float32":
         assert all(ours == theirs for ours, theirs in layers)
 
 
-def test_a_stereo_pair(make: Make, way: tuple[str, str], film: list[Image]) -> None:
-    matcher, plain = make(*way), make(*way, recorded=False)
+def test_matches_of_a_stereo_pair_agree_with_and_without_graphs(
+    make: Make, setting: tuple[str, str], film: list[Image]
+) -> None:
+    matcher, plain = make(*setting), make(*setting, recorded=False)
     left, right = film[3], film[4]
     found = matcher.extract_batch([left, right])
     expected = plain.extract_batch([left, right])
@@ -293,15 +303,15 @@ def test_a_stereo_pair(make: Make, way: tuple[str, str], film: list[Image]) -> N
         front.register([left, right], [stamp, stamp])
     matches, reference = matcher.match(*found).numpy(), plain.match(*expected).numpy()
     assert len(matches) > 20
-    assert share_in_common(matches, reference) > (0.99 if way[1] == "float32" else 0.8)
+    assert common_matches(matches, reference) > (0.99 if setting[1] == "float32" else 0.8)
 
 
 @pytest.mark.parametrize("confidence", [-1.0, 0.6])
 @pytest.mark.parametrize("pairs", [2, 6])  # as recordings pair by pair, and as one batch
-def test_pairs_of_a_batch_match_as_by_themselves(
-    make: Make, way: tuple[str, str], film: list[Image], pairs: int, confidence: float
+def test_a_batch_of_pairs_gives_the_same_matches_as_each_pair_alone(
+    make: Make, setting: tuple[str, str], film: list[Image], pairs: int, confidence: float
 ) -> None:
-    matcher = make(*way, depth_confidence=confidence)
+    matcher = make(*setting, depth_confidence=confidence)
     features = [matcher.extract(image).numpy() for image in film[: pairs + 1]]
     cut = [
         Features(each.keypoints[:n], each.scores[:n], each.descriptors[:n], each.size)
@@ -311,16 +321,18 @@ def test_pairs_of_a_batch_match_as_by_themselves(
     shares = []
     for i, found in enumerate(together):
         alone = matcher.match(cut[i], cut[i + 1]).numpy()
-        shares.append(share_in_common(found.numpy(), alone))
-        assert found.layers == alone.layers or way[1] != "float32"
-    if way[1] == "float32":
+        shares.append(common_matches(found.numpy(), alone))
+        assert found.layers == alone.layers or setting[1] != "float32"
+    if setting[1] == "float32":
         assert min(shares) >= 0.99
     else:
         assert np.mean(shares) >= 0.7  # an image has 12 keypoints, so a single match is a large fraction
 
 
-def test_images_without_a_keypoint_and_those_after_them(make: Make, way: tuple[str, str], film: list[Image]) -> None:
-    matcher = make(*way)
+def test_images_without_keypoints_have_no_matches_and_do_not_affect_later_ones(
+    make: Make, setting: tuple[str, str], film: list[Image]
+) -> None:
+    matcher = make(*setting)
     before = match(matcher, *film[:2])[2]
     recordings = len(matcher.graphs)  # type: ignore[arg-type]
     black, seen, none = match(matcher, np.zeros_like(film[0]), film[1])
@@ -332,7 +344,9 @@ def test_images_without_a_keypoint_and_those_after_them(make: Make, way: tuple[s
 # Stopping early
 
 
-def test_it_stops_early_where_it_is_sure_and_as_early_as_without_recordings(make: Make, device: torch.device) -> None:
+def test_early_stopping_uses_the_same_number_of_layers_with_and_without_graphs(
+    make: Make, device: torch.device
+) -> None:
     stopped = set()
     for confidence in (0.1, 0.5, 0.8, 0.95, 0.999):
         matcher = make(device, random="lightglue", depth_confidence=confidence)
@@ -341,7 +355,7 @@ def test_it_stops_early_where_it_is_sure_and_as_early_as_without_recordings(make
         matcher.graphs = None
         expected = matcher.match(*features).numpy()
         assert found.layers == expected.layers
-        assert share_in_common(found, expected) > 0.99
+        assert common_matches(found, expected) > 0.99
         stopped.add(found.layers)
     assert len(stopped) > 1 and min(stopped) < 5
 
@@ -355,17 +369,17 @@ def test_an_easy_pair_takes_fewer_layers_than_a_hard_one(device: torch.device, w
 # Failures
 
 
-class Refusing:
+class RefusingRecorder:
     """Refuses every recording."""
 
     def record(self, work: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
 
-def test_where_nothing_can_be_recorded_it_says_so_once_and_goes_on(make: Make, film: list[Image]) -> None:
+def test_a_failed_graph_recording_gives_one_warning_and_matching_continues(make: Make, film: list[Image]) -> None:
     matcher = make("cpu")
     expected = match(matcher, *film[:2])[2]
-    matcher.graphs = CudaGraphs(Refusing())
+    matcher.graphs = CudaGraphs(RefusingRecorder())
     with pytest.warns(RuntimeWarning, match=r"CUDA graphs are not used.*: operation not permitted when stream is ca"):
         found = match(matcher, *film[:2])[2]
     with warnings.catch_warnings():
@@ -397,7 +411,7 @@ assert len(matcher.match(found, found)) == len(found) > 10
 
 
 @ON_GPU
-def test_a_network_that_asks_the_host_cannot_be_recorded_and_runs_as_before() -> None:
+def test_a_network_that_synchronises_with_the_host_runs_without_graphs() -> None:
     # In a separate process, because PyTorch does not fully recover from a recording that CUDA aborted.
     done = subprocess.run([sys.executable, "-c", ASKING], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -429,7 +443,7 @@ def exhausted_memory(matcher: FeatureMatcher) -> Iterator[None]:
         matcher.extractor.forward = forward  # type: ignore[method-assign]
 
 
-def test_too_little_memory_is_told_apart_and_survived(
+def test_out_of_memory_is_recognised_and_matching_works_afterwards(
     make: Make, device: torch.device, film: list[Image], texture: Any
 ) -> None:
     matcher = make(device)
@@ -444,7 +458,7 @@ def test_too_little_memory_is_told_apart_and_survived(
     assert len(matcher.extract(large)) > 0
 
 
-def test_memory_stays_flat(make: Make, device: torch.device, film: list[Image]) -> None:
+def test_memory_stays_constant_over_many_frames(make: Make, device: torch.device, film: list[Image]) -> None:
     on_gpu = device.type == "cuda"
     matcher = make(device, "float16" if on_gpu else "float32", depth_confidence=0.6)
     front = FrontEnd(matcher.parameters, matcher)
@@ -468,7 +482,7 @@ def memory_in_use(device: torch.device) -> float:
     return 0.0
 
 
-def test_another_thread_may_match_as_well(make: Make, device: torch.device, film: list[Image]) -> None:
+def test_several_threads_may_match_at_once(make: Make, device: torch.device, film: list[Image]) -> None:
     matcher = make(device)
     expected = match(matcher, *film[:2])[2]
     found: list[Matches] = []

@@ -47,7 +47,7 @@ def inputs(kind: type[SuperPoint | ALIKED | DISK | XFeat], batch: int, masked: b
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
-def test_finding_and_describing_keypoints_asks_for_nothing(kind: Any, masked: bool) -> None:
+def test_extractors_do_not_synchronise_with_the_host(kind: Any, masked: bool) -> None:
     extractor = kind(max_keypoints=POINTS).to(META)
     found = extractor(*inputs(kind, 2, masked))
     assert found.keypoints.shape == (2, POINTS, 2)
@@ -65,7 +65,7 @@ def test_finding_and_describing_keypoints_asks_for_nothing(kind: Any, masked: bo
     ],
     ids=["LightGlue", "nearest"],
 )
-def test_matching_with_all_layers_asks_for_nothing(make: Callable[[], nn.Module], padded: bool) -> None:
+def test_matchers_with_all_layers_do_not_synchronise_with_the_host(make: Callable[[], nn.Module], padded: bool) -> None:
     found = make().to(META)(features(padded), features(padded))
     assert found.matches0.shape == found.matches1.shape == (1, POINTS)
     assert {tensor.device for tensor in found} == {META}
@@ -80,7 +80,7 @@ def test_matching_with_all_layers_asks_for_nothing(make: Callable[[], nn.Module]
     ],
     ids=["grey", "RGB", "view of BGR"],
 )
-def test_of_an_image_only_its_bytes_travel(image: np.ndarray) -> None:
+def test_an_upload_copies_only_the_bytes_of_the_image(image: np.ndarray) -> None:
     matcher = FeatureMatcher(Parameters(device="cpu", precision="float32"), matcher="nearest")
     matcher.device, matcher.luma = META, matcher.luma.to(META)
     assert matcher.upload(image).shape == (1, 1, 96, 128)
@@ -90,20 +90,20 @@ def test_of_an_image_only_its_bytes_travel(image: np.ndarray) -> None:
 
 
 @pytest.fixture
-def nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_tensors_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forbids tensors from Python numbers or arrays, because a recording would refuse the copy."""
 
     def refuse(*args: Any, **options: Any) -> Any:
-        raise AssertionError("a tensor is made of what lies on the host")
+        raise AssertionError("a tensor is created from host data")
 
     for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (Tensor, "new_tensor")):
         monkeypatch.setattr(owner, name, refuse)
 
 
-@pytest.mark.usefixtures("nothing_from_the_host")
+@pytest.mark.usefixtures("no_tensors_from_the_host")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
-def test_extractors_can_be_recorded(kind: Any, masked: bool) -> None:
+def test_extractors_can_be_recorded_as_graphs(kind: Any, masked: bool) -> None:
     found = CudaGraphs(Imitation()).run(kind(max_keypoints=50).to(META), *inputs(kind, 1, masked))
     assert found.keypoints.shape == (1, 50, 2)
 
@@ -118,7 +118,9 @@ def test_extractors_can_be_recorded(kind: Any, masked: bool) -> None:
     ids=["LightGlue", "LightGlue that would drop points", "SuperGlue"],
 )
 @pytest.mark.parametrize("counts", [(50, 40), (256, 256)], ids=str)
-def test_matchers_can_be_recorded(nothing_from_the_host: None, matcher: Any, counts: tuple[int, int]) -> None:
+def test_matchers_can_be_recorded_as_graphs(
+    no_tensors_from_the_host: None, matcher: Any, counts: tuple[int, int]
+) -> None:
     images = [
         ImageFeatures(
             keypoints=torch.zeros(1, count, 2, device=META),
@@ -135,8 +137,8 @@ def test_matchers_can_be_recorded(nothing_from_the_host: None, matcher: Any, cou
     assert found.matches0.shape == (1, counts[0]) and found.matches1.shape == (1, counts[1])
 
 
-@pytest.mark.usefixtures("nothing_from_the_host")
-def test_whether_points_are_sure_is_not_asked_while_recording() -> None:
+@pytest.mark.usefixtures("no_tensors_from_the_host")
+def test_the_confidence_check_does_not_synchronise_with_the_host() -> None:
     matcher = LightGlue(input_dim=128).to(META)
     states, index = torch.zeros(1, 30, 256, device=META), torch.arange(30, device=META)
     for mask in (None, torch.ones(1, 30, dtype=torch.bool, device=META)):
@@ -145,7 +147,7 @@ def test_whether_points_are_sure_is_not_asked_while_recording() -> None:
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda original: pickle.loads(pickle.dumps(original))])
-def test_a_matcher_with_recordings_can_be_copied_and_the_copy_records_anew(again: Any) -> None:
+def test_a_copy_of_a_matcher_with_graphs_records_its_own_graphs(again: Any) -> None:
     matcher = FeatureMatcher(matcher="nearest", device="cpu", precision="float32", max_keypoints=64)
     matcher.graphs = CudaGraphs(Imitation())
     image = np.random.default_rng(0).integers(0, 255, (96, 128), np.uint8)
@@ -158,7 +160,7 @@ def test_a_matcher_with_recordings_can_be_copied_and_the_copy_records_anew(again
 # Cases without recordings
 
 
-class Frozen:
+class FrozenRecorder:
     """Like a GPU's recordings: a repetition runs no Python code."""
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
@@ -167,10 +169,10 @@ class Frozen:
 
 
 @pytest.mark.parametrize("kind", ["lightglue", "superglue"])
-def test_what_is_traced_is_seen_though_recordings_are_in_use(kind: str, request: pytest.FixtureRequest) -> None:
+def test_tracing_works_even_if_graphs_are_in_use(kind: str, request: pytest.FixtureRequest) -> None:
     network = request.getfixturevalue(kind)()
     image = random_features(network.input_dim)
-    graphs, inputs = CudaGraphs(Frozen()), (network, image, image)
+    graphs, inputs = CudaGraphs(FrozenRecorder()), (network, image, image)
     with trace(network) as expected:
         network(image, image)
     with trace(network) as first:
@@ -186,7 +188,7 @@ def test_what_is_traced_is_seen_though_recordings_are_in_use(kind: str, request:
             assert len(ours) > 0 and all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-def test_what_superglue_lacks_is_said_with_recordings_too(superglue: Callable[..., SuperGlue]) -> None:
+def test_missing_scores_for_superglue_are_reported_with_graphs_too(superglue: Callable[..., SuperGlue]) -> None:
     network = superglue()
     image = ImageFeatures(torch.rand(1, 20, 2), torch.rand(1, 20, network.input_dim), torch.tensor([[10, 10]]))
     with pytest.raises(ValueError, match="SuperGlue needs the keypoints' detection scores"):

@@ -41,7 +41,7 @@ def same(first: Features, second: Features) -> bool:
     )
 
 
-def test_what_half_precision_cannot_represent_is_computed_again_in_single(
+def test_results_that_overflow_in_half_precision_are_recomputed_in_float32(
     half: FeatureMatcher, views: tuple[Image, Image]
 ) -> None:
     single = FeatureMatcher(PARAMETERS)
@@ -73,7 +73,7 @@ def test_what_half_precision_cannot_represent_is_computed_again_in_single(
     assert (torch.as_tensor(half.match(*fewer).scores) > 0.9).all()
 
 
-def test_what_computes_again_follows_what_is_set_on_the_networks(
+def test_the_float32_recomputation_uses_the_current_weights_and_settings(
     half: FeatureMatcher, views: tuple[Image, Image]
 ) -> None:
     def overflow(module: Any, inputs: Any, output: Any) -> Any:
@@ -91,7 +91,9 @@ def test_what_computes_again_follows_what_is_set_on_the_networks(
     assert half.repeated_in_float32 == 3
 
 
-def test_an_image_that_shows_nothing_has_not_overflowed(half: FeatureMatcher, views: tuple[Image, Image]) -> None:
+def test_an_image_without_content_is_not_treated_as_an_overflow(
+    half: FeatureMatcher, views: tuple[Image, Image]
+) -> None:
     half.configure(PARAMETERS.replace({"keypoint_threshold": -1.0}))  # the threshold of the weights
     black = np.zeros_like(views[0])
     expected = half.extract_batch([views[0], views[1]])[0]
@@ -101,9 +103,7 @@ def test_an_image_that_shows_nothing_has_not_overflowed(half: FeatureMatcher, vi
     assert half.repeated_in_float32 == 0
 
 
-def test_of_several_images_only_those_that_overflowed_are_computed_again(
-    half: FeatureMatcher, views: tuple[Image, Image]
-) -> None:
+def test_only_the_images_that_overflowed_are_recomputed(half: FeatureMatcher, views: tuple[Image, Image]) -> None:
     if half.extractor.dtype == torch.float32:
         pytest.skip("SuperPoint stays in float32 on this processor")
     expected = half.extract_batch(views)
@@ -122,9 +122,7 @@ def test_of_several_images_only_those_that_overflowed_are_computed_again(
     assert half.repeated_in_float32 == 1
 
 
-def test_of_several_pairs_only_those_that_overflowed_are_computed_again(
-    half: FeatureMatcher, views: tuple[Image, Image]
-) -> None:
+def test_only_the_pairs_that_overflowed_are_recomputed(half: FeatureMatcher, views: tuple[Image, Image]) -> None:
     half.configure(half.parameters.replace({"depth_confidence": -1.0, "width_confidence": -1.0}))
     features = [half.extract(image) for image in views]
     all_of = features[1]
@@ -146,7 +144,7 @@ def test_of_several_pairs_only_those_that_overflowed_are_computed_again(
 
 
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
-def test_extractors_tell_scores_that_are_not_finite_from_an_image_that_shows_nothing(
+def test_extractors_distinguish_an_overflow_from_an_image_without_content(
     kind: Any, picture: Callable[..., Tensor]
 ) -> None:
     model = kind(max_keypoints=50, keypoint_threshold=0.9)
@@ -158,7 +156,7 @@ def test_extractors_tell_scores_that_are_not_finite_from_an_image_that_shows_not
     assert model(images[:1]).finite.tolist() == [False]
 
 
-def test_xfeat_tells_also_where_its_reliability_alone_is_not_finite(picture: Callable[..., Tensor]) -> None:
+def test_xfeat_detects_an_overflow_of_only_its_reliability_map(picture: Callable[..., Tensor]) -> None:
     model = XFeat(max_keypoints=50)
     image = picture(64, 96)[None]
     assert model(image).finite.tolist() == [True]

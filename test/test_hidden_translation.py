@@ -51,26 +51,26 @@ def squared_errors(length: float, trials: int) -> Array:
     return np.array(values)
 
 
-def test_the_covariance_holds_what_a_translation_too_small_to_be_seen_does_to_the_rotation() -> None:
+def test_the_covariance_includes_the_effect_of_an_undetected_translation() -> None:
     # Up to 0.1 and 0.2 pixels of parallax. With the noise alone, the squared errors would be 219 and 588.
     for length in (0.0004, 0.0008):
         values = squared_errors(length, 30)
         assert np.mean(values) < chi2.ppf(0.999, 3 * len(values)) / len(values)
 
 
-def test_a_translation_that_residuals_hardly_tell_is_allowed_for_in_part() -> None:
+def test_the_effect_of_a_translation_near_the_noise_is_partly_included() -> None:
     # Up to 0.05 pixels of parallax: 63 with the noise alone. It stays so if the residuals happen to show nothing.
     values = squared_errors(0.0002, 30)
     assert np.median(values) < 6 and np.mean(values) < 30
 
 
-def test_the_covariance_of_a_camera_that_only_turns_stays_that_of_its_errors() -> None:
+def test_the_covariance_of_a_pure_rotation_agrees_with_its_errors() -> None:
     trials = 60
     low, high = chi2.ppf([0.005, 0.995], 3 * trials) / trials
     assert low < np.mean(squared_errors(0.0, trials)) < high
 
 
-def test_noise_is_seldom_taken_for_a_translation() -> None:
+def test_noise_is_rarely_mistaken_for_a_translation() -> None:
     # Akaike's criterion takes a superfluous parameter in 16 % of trials, half of these with a variance above zero.
     found, trials = 0, 100
     for seed in range(trials):
@@ -81,7 +81,7 @@ def test_noise_is_seldom_taken_for_a_translation() -> None:
     assert found <= 16
 
 
-def test_few_matches_in_one_place_and_matches_without_noise_have_a_covariance() -> None:
+def test_degenerate_or_noise_free_matches_have_a_finite_covariance() -> None:
     for points in (np.full((20, 2), 100.0), np.column_stack([np.linspace(10, 600, 20), np.full(20, 240.0)])):
         matches, _ = normalise_matches(points, points, CAMERA, CAMERA)
         for resolution in (0.0, 1.0):
@@ -89,7 +89,7 @@ def test_few_matches_in_one_place_and_matches_without_noise_have_a_covariance() 
             assert np.isfinite(covariance).all() and np.linalg.eigvalsh(covariance).min() > -1e-12
 
 
-def test_the_left_and_the_right_camera_of_a_standing_drone_turn_alike_within_their_covariances(
+def test_rotations_of_both_cameras_of_a_static_drone_agree_within_their_covariances(
     recorded_data: Path,
 ) -> None:
     sides = [read_side(recorded_data / "euroc_v101_still_stereo", side) for side in ("/cam0", "/cam1")]

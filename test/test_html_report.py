@@ -64,7 +64,7 @@ def page_of(path: Path, frames: int, statuses: dict[int, PoseStatus] | None = No
     return path.read_text()
 
 
-def test_a_page_of_a_thousand_frames_is_below_ten_megabytes_and_has_pictures_from_all_of_it(tmp_path: Path) -> None:
+def test_a_page_of_1000_frames_is_below_10_mb_and_has_images_from_all_parts(tmp_path: Path) -> None:
     page = page_of(tmp_path / "page.html", 1000)
     assert len(page.encode()) < 10_000_000
     pictured = [int(number) for number in re.findall(r'"point":(\d+),', page)]
@@ -84,7 +84,7 @@ def test_many_points_are_not_drawn_as_vectors(tmp_path: Path) -> None:
     assert '"type":"scatter"' not in own and own.count('"type":"scattergl"') == 6
 
 
-def test_of_any_number_of_things_at_least_half_the_most_are_chosen_evenly() -> None:
+def test_an_even_choice_keeps_at_least_half_of_the_maximum_number() -> None:
     for count in (0, 1, 119, 120, 121, 240, 241, 5000):
         chosen = EvenlyChosen[int](120)
         for number in range(count):
@@ -93,7 +93,7 @@ def test_of_any_number_of_things_at_least_half_the_most_are_chosen_evenly() -> N
         assert min(count, 60) <= len(chosen.kept) <= 120
 
 
-def test_texts_are_escaped_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
+def test_texts_are_escaped_and_nothing_is_loaded_from_the_network(tmp_path: Path) -> None:
     page = page_of(tmp_path / "page.html", 3, {2: PoseStatus.FAILED})
     assert "a &lt;drive&gt;" in page and "one &lt;image&gt; was lost" in page and "a <drive>" not in page
     own = page.replace(page[page.index("<script>") : page.rindex("<script>")], "")  # without plotly's script
@@ -102,7 +102,7 @@ def test_texts_are_escaped_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) 
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page[: page.index("<script>")])
 
 
-def test_of_an_ambiguous_pose_the_page_shows_the_rotation_but_no_position(tmp_path: Path) -> None:
+def test_an_ambiguous_pose_is_shown_with_its_rotation_but_without_position(tmp_path: Path) -> None:
     certain = page_of(tmp_path / "certain.html", 4)
     page = page_of(tmp_path / "page.html", 4, {2: PoseStatus.AMBIGUOUS})
     lost = page_of(tmp_path / "lost.html", 4, {2: PoseStatus.FAILED})
@@ -120,14 +120,14 @@ def trace(page: str, name: str) -> tuple[list[Any], list[Any]]:
     return json.loads(found[0]), json.loads(found[1])
 
 
-def test_a_broken_chain_is_marked_where_it_goes_on(tmp_path: Path) -> None:
+def test_a_broken_chain_is_marked_where_it_continues(tmp_path: Path) -> None:
     assert "broken" not in page_of(tmp_path / "whole.html", 5)
     page = page_of(tmp_path / "page.html", 5, {3: PoseStatus.FAILED})
     (broken,) = re.findall(r'"x":\[0.0\],"y":\[2.0\],"text":(\["frame \d"\])', page)
     assert json.loads(broken) == ["frame 4"] and "the chain is broken before %{text}" in page
 
 
-def test_an_interruption_is_a_point_of_its_own_and_a_gap_in_the_lines(tmp_path: Path) -> None:
+def test_an_interruption_is_a_separate_point_and_a_gap_in_the_lines(tmp_path: Path) -> None:
     page = page_of(tmp_path / "page.html", 6, {1: PoseStatus.INTERRUPTED, 4: PoseStatus.INTERRUPTED})
     assert trace(page, "matches") == ([0.1, 0.2, 0.3, 0.4, 0.5], [None, 50, 50, None, 50])
     assert trace(page, "inliers")[1] == [None, 50, 50, None, 50] and trace(page, "latency")[1] == [12.5] * 5
@@ -144,7 +144,7 @@ def test_without_calibration_the_page_shows_no_number_of_inliers(tmp_path: Path)
     assert captions[1] == "50 matches, 9 layers, 2 ms, NO_CALIBRATION"
 
 
-def test_frames_without_a_time_stand_beside_one_another(tmp_path: Path) -> None:
+def test_frames_with_equal_stamps_are_plotted_by_frame_number(tmp_path: Path) -> None:
     report = HtmlReport(metric=True)
     for number in range(4):
         given = result(number)
@@ -167,12 +167,12 @@ def page_that_goes_back(path: Path) -> str:
     return path.read_text()
 
 
-def test_no_line_leads_back_in_time(tmp_path: Path) -> None:
+def test_lines_are_interrupted_if_time_goes_back(tmp_path: Path) -> None:
     page = page_that_goes_back(tmp_path / "page.html")
     assert trace(page, "matches") == ([1, 2, None, 1, 2], [50, 50, None, 50, 50])
 
 
-def shown_by_chromium(page: Path, profile: Path) -> str:
+def dom_in_chromium(page: Path, profile: Path) -> str:
     """Return the page's DOM after its script has finished."""
     return subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
@@ -182,7 +182,7 @@ def shown_by_chromium(page: Path, profile: Path) -> str:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_a_click_shows_the_picture_of_its_frame_where_another_has_the_same_time(tmp_path: Path) -> None:
+def test_a_click_shows_the_image_of_its_frame_even_if_another_has_the_same_time(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     click = """<script>
 const {x, customdata} = figures.data.find(line => line.name === NAME);
@@ -191,7 +191,7 @@ document.getElementById("figures").emit("plotly_click", {points: [{x: x.at(-1), 
     text = page_that_goes_back(page)
     for name in ("matches", "status"):
         page.write_text(text.replace("</body>", click.replace("NAME", repr(name))))
-        assert 'data-shown="3"' in shown_by_chromium(page, tmp_path / "profile"), name
+        assert 'data-shown="3"' in dom_in_chromium(page, tmp_path / "profile"), name
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
@@ -203,14 +203,14 @@ def test_the_page_opens_in_a_browser_without_a_network(
     assert status == 0 and page.stat().st_size < 10_000_000
     for row in printed.splitlines():  # the rows of the terminal's table, whose last row only names the bag
         assert row.split(None, 1)[0] == "bag" or row.split(None, 1)[1] in page.read_text()
-    shown = shown_by_chromium(page, tmp_path / "profile")
+    shown = dom_in_chromium(page, tmp_path / "profile")
     body = re.search(r"<body[^>]*>", shown)
     assert body and 'data-ready="11"' in body[0] and 'data-shown="0"' in body[0]  # the script has run to its end
     assert shown.count('class="main-svg"') >= 2
     assert re.search(r'id="caption">0\.\d+ s, frame 1: \d+ matches', shown)
 
 
-def test_the_page_says_why_a_camera_without_calibration_has_no_pose(
+def test_the_page_states_why_a_camera_without_calibration_has_no_pose(
     kpmatch: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     with BagWriter(tmp_path / "in") as bag:
@@ -225,12 +225,14 @@ def test_the_page_says_why_a_camera_without_calibration_has_no_pose(
     )
 
 
-def test_the_page_is_written_whole_or_not_at_all(kpmatch: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_leaves_no_output(
+    kpmatch: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     status, _, error = kpmatch("bag", DEMO, tmp_path / "out", "--report", tmp_path / "no" / "page.html", *FAST)
     assert (status, list(tmp_path.iterdir())) == (2, []) and "there is no folder" in error
 
 
-def test_without_plotly_the_command_says_what_to_install(
+def test_without_plotly_the_command_names_the_package_to_install(
     kpmatch: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

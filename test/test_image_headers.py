@@ -28,7 +28,7 @@ def encoded(extension: str, width: int = 41, height: int = 30, *options: int) ->
     return bytes(cv2.imencode(extension, cv2.GaussianBlur(pixels, (0, 0), 3), list(options))[1])
 
 
-def claiming(data: bytes, width: int, height: int) -> bytes:
+def with_declared_size(data: bytes, width: int, height: int) -> bytes:
     """Return a JPEG or PNG whose header declares another size."""
     if data[:1] == b"\x89":
         return data[:16] + struct.pack(">II", width, height) + data[24:]
@@ -45,7 +45,7 @@ WRITTEN = [".png", ".jpg", ".webp", ".tiff", ".bmp", ".pgm", ".jp2"]
 
 @pytest.mark.parametrize("extension", WRITTEN)
 @pytest.mark.parametrize("size", [(41, 30), (300, 7)])
-def test_the_size_is_that_which_the_decoder_finds(extension: str, size: tuple[int, int]) -> None:
+def test_the_size_from_the_header_equals_the_decoded_size(extension: str, size: tuple[int, int]) -> None:
     if not cv2.haveImageWriter("x" + extension):
         pytest.skip(f"this OpenCV writes no {extension}")
     # OpenCV's JPEG 2000 needs whole tiles, and a .pgm is grey.
@@ -54,13 +54,13 @@ def test_the_size_is_that_which_the_decoder_finds(extension: str, size: tuple[in
     assert image_size(bytes(cv2.imencode(extension, pixels)[1])) == (width, height)
 
 
-def test_a_lossless_webp_and_a_progressive_jpeg_have_their_size() -> None:
+def test_the_size_of_a_lossless_webp_and_a_progressive_jpeg_is_read() -> None:
     assert image_size(encoded(".webp", 41, 30, cv2.IMWRITE_WEBP_QUALITY, 101)) == (41, 30)
     progressive = encoded(".jpg", 41, 30, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
     assert image_size(progressive) == (41, 30) and jpeg_end(progressive) == len(progressive)
 
 
-def test_headers_of_formats_that_opencv_only_reads() -> None:
+def test_sizes_are_read_from_headers_of_formats_that_opencv_cannot_write() -> None:
     assert image_size(b"GIF89a" + struct.pack("<HH", 640, 480)) == (640, 480)
     extended = bytes(8) + (1023).to_bytes(3, "little") + (767).to_bytes(3, "little")
     assert image_size(b"RIFF\0\0\0\0WEBPVP8X" + extended) == (1024, 768)
@@ -71,16 +71,16 @@ def test_headers_of_formats_that_opencv_only_reads() -> None:
 
 @pytest.mark.parametrize("extension", [".png", ".jpg"])
 @pytest.mark.parametrize("claimed", [(32_000, 32_000), (65_535, 1_100), (30_000, 30_000), (8_193, 8_192)])
-def test_a_file_that_claims_more_than_is_decoded_is_refused_undecoded(
+def test_a_file_that_declares_a_too_large_size_is_refused_before_decoding(
     monkeypatch: pytest.MonkeyPatch, extension: str, claimed: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(cv2, "imdecode", None)
     with pytest.raises(ImageError, match=f"{claimed[0]} x {claimed[1]} pixels") as caught:
-        to_array(compressed(claiming(encoded(extension), *claimed)))
+        to_array(compressed(with_declared_size(encoded(extension), *claimed)))
     assert caught.value.reason == "size"
 
 
-def test_the_limit_is_what_the_caller_takes() -> None:
+def test_the_pixel_limit_is_that_of_the_caller() -> None:
     data = encoded(".png", 200, 100)
     assert to_array(compressed(data), 20_000).shape == (100, 200, 3)
     with pytest.raises(ImageError, match="200 x 100 pixels, more than"):
@@ -88,11 +88,11 @@ def test_the_limit_is_what_the_caller_takes() -> None:
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg"])
-def test_kpmatch_match_refuses_what_claims_too_much(
+def test_kpmatch_match_refuses_a_file_that_declares_a_too_large_size(
     kpmatch: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, extension: str
 ) -> None:
     (tmp_path / "small.png").write_bytes(encoded(".png"))
-    (tmp_path / f"bomb{extension}").write_bytes(claiming(encoded(extension), 32_000, 32_000))
+    (tmp_path / f"bomb{extension}").write_bytes(with_declared_size(encoded(extension), 32_000, 32_000))
     monkeypatch.setattr(cv2, "imdecode", None)
     status, out, err = kpmatch("match", tmp_path / f"bomb{extension}", tmp_path / "small.png")
     assert (status, out) == (2, "") and "bomb" in err and "32000 x 32000" in err and err.count("\n") == 1
@@ -109,7 +109,7 @@ TRAILERS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("trailer", TRAILERS)
 @pytest.mark.parametrize("progressive", [0, 1])
-def test_what_follows_a_jpegs_end_is_ignored(kpmatch: Run, tmp_path: Path, trailer: str, progressive: int) -> None:
+def test_data_after_the_end_of_a_jpeg_is_ignored(kpmatch: Run, tmp_path: Path, trailer: str, progressive: int) -> None:
     data = encoded(".jpg", 41, 30, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
     with_trailer = data + TRAILERS[trailer]
     assert jpeg_end(with_trailer) == len(data)
@@ -121,7 +121,7 @@ def test_what_follows_a_jpegs_end_is_ignored(kpmatch: Run, tmp_path: Path, trail
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9, 0.99])
-def test_a_jpeg_cut_short_has_no_end_even_with_foreign_bytes_behind(kept: float) -> None:
+def test_a_truncated_jpeg_has_no_end_and_is_refused(kept: float) -> None:
     data = encoded(".jpg", 64, 48, cv2.IMWRITE_JPEG_RST_INTERVAL, 2)
     assert jpeg_end(data) == len(data)
     cut = data[: int(kept * len(data))]
@@ -140,18 +140,18 @@ STRAY: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("stray", STRAY)
-def test_what_stands_before_a_jpegs_size_does_not_hide_it(monkeypatch: pytest.MonkeyPatch, stray: str) -> None:
+def test_stray_bytes_before_the_size_of_a_jpeg_do_not_hide_it(monkeypatch: pytest.MonkeyPatch, stray: str) -> None:
     data = encoded(".jpg")
     place = data.index(b"\xff\xc0")
     assert np.array_equal(to_array(compressed(data[:place] + STRAY[stray] + data[place:])), to_array(compressed(data)))
-    bomb = claiming(data, 16_000, 16_000)
+    bomb = with_declared_size(data, 16_000, 16_000)
     monkeypatch.setattr(cv2, "imdecode", None)
     with pytest.raises(ImageError, match="16000 x 16000 pixels") as caught:
         to_array(compressed(bomb[:place] + STRAY[stray] + bomb[place:]))
     assert caught.value.reason == "size"
 
 
-def test_a_jpeg_that_declares_no_size_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jpeg_without_a_declared_size_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(".jpg")
     monkeypatch.setattr(cv2, "imdecode", None)
     with pytest.raises(ImageError, match="declares no size") as caught:
@@ -159,7 +159,7 @@ def test_a_jpeg_that_declares_no_size_is_not_decoded(monkeypatch: pytest.MonkeyP
     assert caught.value.reason == "decode"
 
 
-def test_a_jpeg_of_a_thousand_scans_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jpeg_with_a_thousand_scans_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(".jpg", 41, 30, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
     assert 1 < jpeg_scans(data) < 20
     start, first, second, *rest = data.split(b"\xff\xda")
@@ -185,11 +185,11 @@ def animated(other: bytes) -> bytes:
     return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *pictures, chunk(b"IEND", b"")])
 
 
-def test_an_animated_png_is_its_first_picture() -> None:
+def test_an_animated_png_is_read_as_its_first_picture() -> None:
     assert (to_array(compressed(animated(8 * bytes(33)))) == 255).all()
 
 
-def test_a_png_whose_animation_is_damaged_does_not_end_the_process() -> None:
+def test_a_png_with_a_damaged_animation_does_not_crash_the_process() -> None:
     code = (
         "import sys\nfrom types import SimpleNamespace\nfrom kpmatch_ros.imaging.images import to_array\n"
         "print(to_array(SimpleNamespace(format='png', data=sys.stdin.buffer.read())).min())"
@@ -200,9 +200,7 @@ def test_a_png_whose_animation_is_damaged_does_not_end_the_process() -> None:
 
 
 @pytest.mark.parametrize("length", [0x7FFF_FFFF, 0xFFFF_FFFF, 5000])
-def test_a_png_whose_chunk_declares_more_than_there_is_is_not_decoded(
-    monkeypatch: pytest.MonkeyPatch, length: int
-) -> None:
+def test_a_png_with_a_chunk_longer_than_the_file_is_not_decoded(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     data = encoded(".png")
     place = data.index(b"IDAT") - 4
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it takes as much memory as the chunk declares"))
@@ -211,7 +209,7 @@ def test_a_png_whose_chunk_declares_more_than_there_is_is_not_decoded(
     assert caught.value.reason == "decode"
 
 
-def test_a_photo_in_a_png_stays_upright(tmp_path: Path) -> None:
+def test_the_exif_orientation_of_a_png_is_applied(tmp_path: Path) -> None:
     from kpmatch_ros.cli.common import read_image
 
     exif = chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")

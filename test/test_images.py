@@ -64,7 +64,9 @@ layouts = pytest.mark.parametrize(("big", "padding"), list(itertools.product((Fa
 @layouts
 @pytest.mark.parametrize("kind", ["rclpy", "rosbags", "bytes"])
 @pytest.mark.parametrize("encoding", PIXELS)
-def test_grey_and_colour_of_every_depth_come_back_exactly(encoding: str, kind: str, big: bool, padding: int) -> None:
+def test_grey_and_colour_images_of_every_depth_are_read_exactly(
+    encoding: str, kind: str, big: bool, padding: int
+) -> None:
     picture = noise()
     result = to_array(image(encoding, picture, big=big, padding=padding, kind=kind))
     assert result.dtype == np.uint8
@@ -73,7 +75,7 @@ def test_grey_and_colour_of_every_depth_come_back_exactly(encoding: str, kind: s
 
 @layouts
 @pytest.mark.parametrize("encoding", BAYER)
-def test_a_bayer_mosaic_gives_its_colours(converter: str, encoding: str, big: bool, padding: int) -> None:
+def test_a_bayer_mosaic_is_converted_to_its_colours(converter: str, encoding: str, big: bool, padding: int) -> None:
     result = to_array(image(encoding, patches(), big=big, padding=padding))
     assert result.dtype == np.uint8 and result.shape == patches().shape
     np.testing.assert_array_equal(inside_patches(result), inside_patches(patches()))
@@ -81,7 +83,7 @@ def test_a_bayer_mosaic_gives_its_colours(converter: str, encoding: str, big: bo
 
 @layouts
 @pytest.mark.parametrize("encoding", [*PACKED_YUV, *PLANAR_YUV])
-def test_yuv_gives_its_colours(converter: str, encoding: str, big: bool, padding: int) -> None:
+def test_yuv_is_converted_to_its_colours(converter: str, encoding: str, big: bool, padding: int) -> None:
     picture = noise(15, 23) if encoding == "nv24" else patches()
     result = to_array(image(encoding, picture, big=big, padding=padding))
     assert result.dtype == np.uint8
@@ -89,7 +91,7 @@ def test_yuv_gives_its_colours(converter: str, encoding: str, big: bool, padding
 
 
 @pytest.mark.parametrize("encoding", ["nv12", "nv21"])
-def test_an_odd_height_has_a_last_chroma_row_of_its_own(converter: str, encoding: str) -> None:
+def test_planar_yuv_with_an_odd_height_has_an_additional_chroma_row(converter: str, encoding: str) -> None:
     result = to_array(image(encoding, patches()[:15], padding=3))
     np.testing.assert_allclose(result.astype(int), patches()[:15], atol=3)
 
@@ -102,7 +104,7 @@ def test_8_bit_grey_and_colour_are_not_copied(encoding: str, kind: str, padding:
     assert np.shares_memory(to_array(message), np.frombuffer(message.data, np.uint8))
 
 
-def test_every_encoding_of_the_standard_is_either_read_or_refused_as_no_picture() -> None:
+def test_every_standard_encoding_is_known_as_readable_or_not_an_image() -> None:
     folders = [Path(prefix) for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)]
     headers = [folder / "include/sensor_msgs/sensor_msgs/image_encodings.hpp" for folder in folders]
     present = [header for header in headers if header.exists()]
@@ -114,14 +116,14 @@ def test_every_encoding_of_the_standard_is_either_read_or_refused_as_no_picture(
 
 
 @pytest.mark.parametrize("encoding", [*sorted(NO_PICTURE), "", "BGR8", "8UC0", "8UC33", "32FC", "x" * 9999])
-def test_an_encoding_that_holds_no_picture_is_refused_and_known_ones_are_named(encoding: str) -> None:
+def test_an_unsupported_encoding_is_refused_and_supported_ones_are_named(encoding: str) -> None:
     message = image("mono8", noise())
     message.encoding = encoding
     text = refused(message, "encoding")
     assert repr(encoding)[:20] in text and "bgr8" in text and len(text) < 300
 
 
-def test_16_bits_are_rounded_to_the_nearest_of_8() -> None:
+def test_16_bit_values_are_rounded_to_the_nearest_8_bit_value() -> None:
     every = np.arange(65536, dtype=np.uint16)
     data = array.array("B", every.astype("<u2").tobytes())
     message = Image(height=256, width=256, encoding="mono16", step=512, data=data)
@@ -137,7 +139,7 @@ def test_16_bit_data_at_an_odd_address_is_read() -> None:
 @pytest.mark.parametrize("encoding", ["32FC1", "64FC1", "32FC3", "64FC4"])
 @pytest.mark.parametrize("big", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -0.01, 1.01, 3.5, 1e30])
-def test_floats_outside_0_to_1_are_refused_as_no_picture(encoding: str, big: bool, bad: float) -> None:
+def test_floats_outside_0_to_1_are_refused(encoding: str, big: bool, bad: float) -> None:
     message = image(encoding, noise(), big=big, kind="bytes")
     dtype = (">" if big else "<") + PIXELS[encoding][0]
     values = np.frombuffer(message.data, dtype).copy()
@@ -146,7 +148,7 @@ def test_floats_outside_0_to_1_are_refused_as_no_picture(encoding: str, big: boo
     assert "[0, 1]" in refused(message, "value")
 
 
-def test_alpha_may_hold_any_float() -> None:
+def test_the_alpha_channel_may_contain_any_float() -> None:
     message = image("32FC4", noise(), kind="bytes")
     values = np.frombuffer(message.data, "<f4").copy()
     values[3::4] = np.nan
@@ -155,7 +157,7 @@ def test_alpha_may_hold_any_float() -> None:
 
 
 @pytest.mark.parametrize("encoding", [*PIXELS, *BAYER, *PACKED_YUV, *PLANAR_YUV])
-def test_the_last_rows_padding_may_be_missing_but_not_one_byte_of_the_picture(encoding: str) -> None:
+def test_padding_of_the_last_row_may_be_missing_but_no_image_byte(encoding: str) -> None:
     message = image(encoding, patches(), padding=4)
     data, padding, whole = message.data, 8 if encoding == "nv24" else 4, to_array(message)
     message.data = data[:-padding]
@@ -186,13 +188,13 @@ def test_data_that_is_not_contiguous_bytes_is_refused(data: Any) -> None:
 
 @pytest.mark.parametrize("field", ["width", "height"])
 @pytest.mark.parametrize("value", [0, 32767, 65536, 2**32 - 1])
-def test_a_width_or_height_that_no_image_has_is_refused(field: str, value: int) -> None:
+def test_an_invalid_width_or_height_is_refused(field: str, value: int) -> None:
     message = image("mono8", noise())
     setattr(message, field, value)
     assert str(value) in refused(message, "size")
 
 
-def test_an_image_of_more_pixels_than_are_wanted_is_refused() -> None:
+def test_an_image_with_more_pixels_than_the_limit_is_refused() -> None:
     message = image("mono16", noise())
     pixels = message.width * message.height
     assert to_array(message, pixels).size == pixels
@@ -202,14 +204,14 @@ def test_an_image_of_more_pixels_than_are_wanted_is_refused() -> None:
 
 
 @pytest.mark.parametrize("encoding", [*PACKED_YUV, "nv12", "nv21"])
-def test_an_odd_width_is_refused_where_two_pixels_share_their_colour(encoding: str) -> None:
+def test_an_odd_width_is_refused_for_encodings_with_shared_chroma(encoding: str) -> None:
     message = image(encoding, patches())
     message.width -= 1
     assert "even" in refused(message, "size")
 
 
 @pytest.mark.parametrize("shape", [(2, 16), (16, 2), (1, 1)])
-def test_a_bayer_mosaic_too_small_to_interpolate_is_refused_instead_of_black(shape: tuple[int, int]) -> None:
+def test_a_bayer_mosaic_that_is_too_small_to_interpolate_is_refused(shape: tuple[int, int]) -> None:
     assert "3 x 3" in refused(image("bayer_rggb8", noise(*shape)), "size")
 
 
@@ -222,7 +224,7 @@ def test_a_step_shorter_than_a_row_is_refused(encoding: str) -> None:
 
 
 @pytest.mark.parametrize(("field", "reason"), [("width", "size"), ("height", "size"), ("step", "step")])
-def test_a_size_that_is_no_whole_number_is_refused(field: str, reason: str) -> None:
+def test_a_size_that_is_not_an_integer_is_refused(field: str, reason: str) -> None:
     message = image("mono8", noise(), kind="bytes")
     setattr(message, field, 16.5)
     assert "16.5" in refused(message, reason)
@@ -239,7 +241,7 @@ FORMATS = ["jpeg", "png", "rgb8; jpeg compressed bgr8", "bgr8; png compressed bg
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["rclpy", "rosbags", "bytes"])
-def test_compressed_colour_comes_back_whatever_format_says(format: str, kind: str) -> None:
+def test_a_compressed_colour_image_is_read_for_any_format_string(format: str, kind: str) -> None:
     data = encode(".png", noise())
     if kind == "rosbags":
         header = ROSBAGS["std_msgs/msg/Header"](ROSBAGS["builtin_interfaces/msg/Time"](0, 0), "camera")
@@ -249,7 +251,7 @@ def test_compressed_colour_comes_back_whatever_format_says(format: str, kind: st
     np.testing.assert_array_equal(to_array(message), noise())
 
 
-def test_a_jpeg_gives_its_colours() -> None:
+def test_a_jpeg_is_read_with_its_colours() -> None:
     picture = np.full((32, 48, 3), (200, 100, 30), np.uint8)
     np.testing.assert_allclose(to_array(compressed(encode(".jpg", picture))).astype(int), picture, atol=3)
 
@@ -261,20 +263,20 @@ def test_a_compressed_grey_image_stays_grey(extension: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_a_16_bit_png_is_scaled_as_a_raw_image_is(channels: int) -> None:
+def test_a_16_bit_png_is_scaled_like_a_raw_image(channels: int) -> None:
     picture = np.concatenate([noise(), noise()[..., :1]], axis=2)[..., :channels]
     result = to_array(compressed(encode(".png", deepen(picture, "u2").squeeze()), "16UC1; png compressed "))
     np.testing.assert_array_equal(result, picture.squeeze()[..., :3] if channels > 1 else picture[..., 0])
 
 
 @pytest.mark.parametrize("encoding", BAYER)
-def test_a_mosaic_compressed_as_grey_is_developed(converter: str, encoding: str) -> None:
+def test_a_bayer_mosaic_compressed_as_grey_is_converted_to_colour(converter: str, encoding: str) -> None:
     data = encode(".png", planes(encoding, patches())[0])
     result = to_array(compressed(data, f"{encoding}; png compressed "))
     np.testing.assert_array_equal(inside_patches(result), inside_patches(patches()))
 
 
-def test_a_jpegs_orientation_tag_leaves_the_pixels_where_the_camera_has_them() -> None:
+def test_the_orientation_tag_of_a_jpeg_message_is_ignored() -> None:
     # Exif, big-endian: one entry with tag 0x112 (orientation), one short with value 6 (rotated by 90 degrees).
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     data = encode(".jpg", noise(16, 24))
@@ -303,7 +305,7 @@ NO_FILES = [b"", bytes(64), b"junk" * 100, b"BM" + bytes(100), images.JPEG, imag
 
 
 @pytest.mark.parametrize("data", NO_FILES)
-def test_data_that_is_no_jpeg_or_png_is_refused_and_nothing_is_printed(
+def test_data_that_is_not_a_jpeg_or_png_is_refused_and_nothing_is_printed(
     data: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert str(len(data)) in refused(compressed(data), "decode")
@@ -328,13 +330,11 @@ def test_compressed_depth_is_refused_by_name() -> None:
     assert "depth" in refused(compressed(data, "16UC1; compressedDepth png"), "encoding")
 
 
-def test_compressed_data_that_is_no_bytes_is_refused() -> None:
+def test_compressed_data_that_is_not_bytes_is_refused() -> None:
     refused(SimpleNamespace(format="jpeg", data=[255, 216, 255]), "data")
 
 
-def test_a_cv_bridge_that_does_not_work_gives_way_to_rosbags_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rosbags_image_replaces_a_broken_cv_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cv_bridge.py").write_text(
         "class CvBridge:\n    def imgmsg_to_cv2(self, message, encoding):\n        raise KeyError(message.encoding)\n"
     )
@@ -350,7 +350,7 @@ def test_a_cv_bridge_that_does_not_work_gives_way_to_rosbags_image(
     np.testing.assert_allclose(result.astype(int), patches(), atol=3)
 
 
-def test_without_a_converter_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_converter_the_error_names_the_packages_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv_bridge", None)
     monkeypatch.setitem(sys.modules, "rosbags.image", None)
     images.converter.cache_clear()
@@ -362,7 +362,7 @@ def test_without_a_converter_the_error_says_what_to_install(monkeypatch: pytest.
     assert "cv-bridge" in text and "pip install rosbags-image" in text
 
 
-def test_the_module_works_where_neither_ros_nor_a_converter_is_installed() -> None:
+def test_the_module_works_without_ros_and_without_a_converter() -> None:
     script = """
 import sys
 for name in ("rclpy", "sensor_msgs", "cv_bridge", "rosbags", "rosbags.image"):
@@ -382,7 +382,7 @@ names = st.one_of(st.sampled_from([*PIXELS, *BAYER, *PACKED_YUV, *PLANAR_YUV]), 
 
 @settings(max_examples=500, deadline=None)
 @given(height=sizes, width=sizes, step=sizes, encoding=names, big=st.integers(0, 255), data=st.binary(max_size=3000))
-def test_any_image_gives_a_picture_or_an_image_error(
+def test_any_message_gives_an_image_or_an_image_error(
     height: Any, width: Any, step: Any, encoding: Any, big: int, data: bytes
 ) -> None:
     message = SimpleNamespace(height=height, width=width, step=step, encoding=encoding, is_bigendian=big, data=data)
@@ -396,7 +396,7 @@ def test_any_image_gives_a_picture_or_an_image_error(
     changes=st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), max_size=8),
     cut=st.integers(0, 400),
 )
-def test_any_compressed_image_gives_a_picture_or_an_image_error(
+def test_any_compressed_message_gives_an_image_or_an_image_error(
     extension: str, format: str, changes: list[tuple[int, int]], cut: int
 ) -> None:
     data = bytearray(encode(extension, noise(9, 11)))
@@ -407,7 +407,7 @@ def test_any_compressed_image_gives_a_picture_or_an_image_error(
 
 @settings(deadline=None)
 @given(data=st.binary())
-def test_any_bytes_after_a_files_first_ones_give_a_picture_or_an_image_error(data: bytes) -> None:
+def test_random_bytes_with_a_jpeg_or_png_header_give_an_image_or_an_image_error(data: bytes) -> None:
     for start, end in ((images.JPEG, b"\xff\xd9"), (images.PNG, b"IEND")):
         check_any(SimpleNamespace(format="", data=start + data + end), lambda result: True)
 

@@ -41,13 +41,13 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_pip_is_not_advised_where_it_refuses_to_install(system_python: Path) -> None:
+def test_pip_is_not_suggested_for_an_externally_managed_python(system_python: Path) -> None:
     said = interpreter.how_to_install("torch")
     assert "activate the virtual environment" in said and "--system-site-packages" in said
     assert f"{sys.executable} -m pip" not in said
 
 
-def test_on_a_robot_the_environment_is_named_even_where_pip_would_install(
+def test_with_ros_the_virtual_environment_is_suggested_even_if_pip_would_work(
     system_python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (system_python / "EXTERNALLY-MANAGED").unlink()
@@ -56,7 +56,7 @@ def test_on_a_robot_the_environment_is_named_even_where_pip_would_install(
     assert "activate the virtual environment" in interpreter.how_to_install("torch")
 
 
-def test_the_dependencies_are_those_that_pip_and_rosdep_install() -> None:
+def test_the_dependencies_agree_with_setup_cfg_and_package_xml() -> None:
     declared = configparser.ConfigParser()
     declared.read(ROOT / "setup.cfg")
     from_pip = [line.split()[0] for line in declared["options"]["install_requires"].splitlines() if line]
@@ -76,7 +76,7 @@ def test_the_dependencies_are_those_that_pip_and_rosdep_install() -> None:
         (["system/numpy.py", "venv/lib/numpy.py"], False),  # OpenCV is missing
     ],
 )
-def test_a_numpy_of_the_environment_that_hides_the_systems_is_to_be_removed(
+def test_removal_is_suggested_for_a_numpy_that_hides_the_systems_numpy(
     files: list[str], clash: bool, environment: Path
 ) -> None:
     for name in files:
@@ -84,7 +84,7 @@ def test_a_numpy_of_the_environment_that_hides_the_systems_is_to_be_removed(
     assert ("pip uninstall numpy" in interpreter.numpy_clash("cv2")) == clash
 
 
-def test_an_environment_that_hides_the_systems_packages_from_ros_is_a_fault(environment: Path) -> None:
+def test_an_environment_without_system_packages_is_a_fault_with_ros(environment: Path) -> None:
     configuration = environment / "venv" / "pyvenv.cfg"
     configuration.write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
     (environment / "system" / "numpy.py").touch()
@@ -98,7 +98,7 @@ def test_an_environment_that_hides_the_systems_packages_from_ros_is_a_fault(envi
     assert list(doctor.check_package())[1].level == OK
 
 
-def test_without_the_environment_the_node_and_the_commands_say_so_in_one_line(tmp_path: Path) -> None:
+def test_missing_packages_are_reported_by_node_and_commands_in_one_line(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     venv.create(bare, system_site_packages=False, symlinks=True)
     for name in ("rclpy", "cv2", "numpy", "scipy", "psutil", "yaml"):  # as installed by apt, without PyTorch
@@ -116,7 +116,7 @@ def test_without_the_environment_the_node_and_the_commands_say_so_in_one_line(tm
         assert str(bare) in done.stderr and "kpmatch doctor" in done.stderr, done.stderr
 
 
-def test_the_node_is_named_by_its_place_where_the_path_does_not_have_it(
+def test_the_node_is_named_by_its_full_path_if_it_is_not_on_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     program = tmp_path / "a folder" / "lib" / "kpmatch_ros" / "matcher"
@@ -133,7 +133,7 @@ def test_the_node_is_named_by_its_place_where_the_path_does_not_have_it(
     assert matcher_in_shell("--ros-args") == "matcher --ros-args"
 
 
-def test_on_a_robot_opencv_comes_from_apt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_with_ros_apt_is_suggested_for_opencv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cv2", raising=False)

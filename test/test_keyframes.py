@@ -21,7 +21,7 @@ SIZE = (640, 480)
 CAMERA = Camera(*SIZE, np.array([[500.0, 0, 320], [0, 500.0, 240], [0, 0, 1]]))
 
 
-class InOrder:
+class MatcherOfGivenPoints:
     """Replaces the networks: returns points for the images in their order, and matches them by index."""
 
     keypoint_resolution = 1.0
@@ -46,7 +46,7 @@ class InOrder:
 
 @pytest.mark.parametrize(("min_inliers", "status"), [(15, PoseStatus.OK), (150, PoseStatus.TOO_FEW_MATCHES)])
 @pytest.mark.parametrize(("most", "renewed"), [(40.0, True), (100.0, False)])
-def test_a_keyframe_gives_way_where_the_matches_moved_far_with_a_pose_or_without(
+def test_a_keyframe_is_replaced_after_a_large_motion_with_or_without_a_pose(
     min_inliers: int, status: PoseStatus, most: float, renewed: bool
 ) -> None:
     random = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def test_a_keyframe_gives_way_where_the_matches_moved_far_with_a_pose_or_without
         min_inliers=min_inliers,
         refine=False,
     )
-    front_end = FrontEnd(parameters, cast(FeatureMatcher, InOrder(before, after, after)))
+    front_end = FrontEnd(parameters, cast(FeatureMatcher, MatcherOfGivenPoints(before, after, after)))
     nothing = np.zeros(SIZE[::-1], np.uint8)
     front_end.register_frame(nothing, 0, CAMERA)
     if status is not PoseStatus.OK:  # the first such frame is skipped
@@ -70,7 +70,7 @@ def test_a_keyframe_gives_way_where_the_matches_moved_far_with_a_pose_or_without
     assert (front_end.reference is frame) == renewed
 
 
-def test_a_pose_has_as_many_inliers_as_are_asked_for_once_its_tracks_are_checked() -> None:
+def test_too_few_inliers_after_the_track_check_leave_no_pose() -> None:
     random = np.random.default_rng(1)
     step = np.array([0.9, 0, 0.1])
     scene = random.uniform((-1.5, -1.5, 4), (2, 1.5, 9), (30, 3))
@@ -82,7 +82,7 @@ def test_a_pose_has_as_many_inliers_as_are_asked_for_once_its_tracks_are_checked
     ]
     pixels = [points[:, :2] / points[:, 2:] * 500 + (320, 240) for points in frames]
     parameters = Parameters(min_inliers=35)
-    front_end = FrontEnd(parameters, cast(FeatureMatcher, InOrder(*pixels)))
+    front_end = FrontEnd(parameters, cast(FeatureMatcher, MatcherOfGivenPoints(*pixels)))
     pairs = [front_end.register_frame(np.zeros(SIZE[::-1], np.uint8), number, CAMERA)[1] for number in range(3)]
     assert pairs[1] is not None and pairs[1].num_inliers == 42 and pairs[1].pose.status is PoseStatus.OK
     assert pairs[2] is not None and pairs[2].num_inliers == 30 and pairs[2].pose.status is PoseStatus.TOO_FEW_MATCHES
@@ -94,14 +94,14 @@ PIXELS = SCENE[:, :2] / SCENE[:, 2:] * 500 + (320, 240)
 NOTHING = np.zeros(SIZE[::-1], np.uint8)
 
 
-def keyframes(points: list[np.ndarray], **changes: Any) -> FrontEnd:
+def front_end_with(points: list[np.ndarray], **changes: Any) -> FrontEnd:
     """Return a front end with a keyframe, whose images have these points."""
     values = {"reference": "keyframe", "keyframe_min_matches": 10, "refine": False, **changes}
-    return FrontEnd(Parameters(**values), cast(FeatureMatcher, InOrder(*points)))
+    return FrontEnd(Parameters(**values), cast(FeatureMatcher, MatcherOfGivenPoints(*points)))
 
 
-def test_a_keyframe_without_calibration_gives_way_to_a_frame_that_has_one() -> None:
-    front_end = keyframes(4 * [PIXELS])
+def test_a_keyframe_without_calibration_is_replaced_by_a_calibrated_frame() -> None:
+    front_end = front_end_with(4 * [PIXELS])
     cameras = (None, None, CAMERA, CAMERA)
     pairs = [front_end.register_frame(NOTHING, i * 10**8, camera)[1] for i, camera in enumerate(cameras)]
     statuses = [pair.pose.status for pair in pairs if pair is not None]
@@ -110,7 +110,7 @@ def test_a_keyframe_without_calibration_gives_way_to_a_frame_that_has_one() -> N
 
 def statuses_and_references(seconds: list[float], points: list[np.ndarray], **changes: Any) -> list[tuple[str, int]]:
     """Return for each frame with these points its status and the number of its reference."""
-    front_end = keyframes(points, **{"reference": "previous", **changes})
+    front_end = front_end_with(points, **{"reference": "previous", **changes})
     pairs = [front_end.register_frame(NOTHING, round(second * 1e9), CAMERA)[1] for second in seconds]
     return [(pair.pose.status.name, pair.reference.number) for pair in pairs if pair is not None]
 
@@ -118,22 +118,22 @@ def statuses_and_references(seconds: list[float], points: list[np.ndarray], **ch
 OTHER = np.random.default_rng(3).uniform((5, 5), (630, 470), (60, 2))  # points of another place, or false detections
 
 
-def test_one_frame_without_a_pose_is_passed_over() -> None:
+def test_one_frame_without_a_pose_does_not_become_the_reference() -> None:
     found = statuses_and_references([0, 0.1, 0.2, 0.3], [PIXELS, OTHER, PIXELS, PIXELS])
     assert found == [("FAILED", 1), ("NO_TRANSLATION", 1), ("NO_TRANSLATION", 3)]
 
 
-def test_where_two_frames_in_a_row_have_no_pose_the_second_is_the_reference() -> None:
+def test_the_second_consecutive_frame_without_a_pose_becomes_the_reference() -> None:
     found = statuses_and_references([0, 0.1, 0.2, 0.3, 0.4], [PIXELS, OTHER, OTHER, OTHER, PIXELS])
     assert found == [("FAILED", 1), ("FAILED", 1), ("NO_TRANSLATION", 3), ("FAILED", 4)]
 
 
-def test_the_motion_before_is_known_past_a_frame_that_is_passed_over_but_not_beside_a_keyframe() -> None:
+def test_the_motion_prior_survives_a_skipped_frame_but_is_not_used_with_a_keyframe() -> None:
     priors: list[bool] = []
 
     def walk(points: list[np.ndarray], **changes: Any) -> list[bool]:
         priors.clear()
-        front_end = keyframes(points, **{"reference": "previous", **changes})
+        front_end = front_end_with(points, **{"reference": "previous", **changes})
         for number in range(len(points)):  # at 30 Hz, twice the interval is not exactly twice the nanoseconds
             front_end.register_frame(NOTHING, round(number * 1e9 / 30), CAMERA)
         return list(priors)
@@ -151,8 +151,8 @@ def test_the_motion_before_is_known_past_a_frame_that_is_passed_over_but_not_bes
         assert walk(seen, reference="keyframe", keyframe_max_parallax=1000.0) == [False] * 4
 
 
-def test_dark_frames_take_the_keyframes_place_once_nothing_was_seen_for_a_gap() -> None:
-    front_end = keyframes(3 * [PIXELS] + 4 * [PIXELS[:0]], max_gap=5.0)
+def test_dark_frames_replace_a_keyframe_older_than_max_gap() -> None:
+    front_end = front_end_with(3 * [PIXELS] + 4 * [PIXELS[:0]], max_gap=5.0)
     stays = []
     for second in (0, 3, 6, 6.5, 9, 10.9, 11.1):  # dark from 6.5 s on, when the keyframe is older than max_gap
         front_end.register_frame(NOTHING, round(second * 1e9), CAMERA)
@@ -161,8 +161,8 @@ def test_dark_frames_take_the_keyframes_place_once_nothing_was_seen_for_a_gap() 
     assert stays == [True] * 6 + [False]
 
 
-def test_new_tracks_begin_where_refine_changes_though_the_keyframe_stays() -> None:
-    front_end = keyframes(4 * [PIXELS])
+def test_a_change_of_refine_starts_new_tracks_even_with_the_same_keyframe() -> None:
+    front_end = front_end_with(4 * [PIXELS])
     ids = []
     for i, refine in enumerate([False, False, True, False]):
         front_end.configure(front_end.parameters.replace({"refine": refine}))

@@ -26,7 +26,7 @@ RIG = StereoCamera(
 LANDMARK = np.dtype([("xyz", "<f4", 3), ("track_id", "<u8"), ("sigma", "<f4"), ("rgb", "<u4")])
 
 
-def seen(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def project_into_both_images(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the pixels of points (M, 3) in the left camera's frame, in both images."""
     images = [points, points @ RIG.rotation.T + RIG.translation]
     left, right = ((image @ CAMERA.matrix.T)[:, :2] / image[:, 2:] for image in images)
@@ -39,9 +39,9 @@ def scene(count: int, nearest: float, furthest: float) -> np.ndarray:
     return np.column_stack([random.uniform(-0.4, 0.4, (count, 2)), np.ones(count)]) * depth[:, None]
 
 
-def test_points_seen_exactly_are_found_exactly() -> None:
+def test_noise_free_points_are_triangulated_exactly() -> None:
     points = scene(200, 1, 20)
-    found, sigmas = triangulate(*seen(points), np.full(200, 0.1), RIG)
+    found, sigmas = triangulate(*project_into_both_images(points), np.full(200, 0.1), RIG)
     assert found == pytest.approx(points, rel=1e-4)
     assert found.dtype == sigmas.dtype == np.float32
     # For a disparity error of 0.1 pixels in d = f b / z, the error of the depth is 0.1 z^2 / (f b).
@@ -50,9 +50,9 @@ def test_points_seen_exactly_are_found_exactly() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5])
-def test_sigmas_are_the_errors_along_the_ray(noise: float) -> None:
+def test_sigmas_agree_with_the_errors_along_the_ray(noise: float) -> None:
     points = scene(4000, 1, 8)
-    left, right = seen(points)
+    left, right = project_into_both_images(points)
     right = right + noise * np.random.default_rng(1).normal(size=right.shape)
     found, sigmas = triangulate(left, right, np.full(len(points), noise), RIG)
     known = np.isfinite(sigmas)
@@ -64,7 +64,7 @@ def test_sigmas_are_the_errors_along_the_ray(noise: float) -> None:
 
 
 @pytest.mark.parametrize("focal", [300.0, 900.0])
-def test_sigmas_are_those_of_the_right_image_whatever_its_focal_length(focal: float) -> None:
+def test_sigmas_are_correct_for_any_focal_length_of_the_right_camera(focal: float) -> None:
     other = Camera(640, 480, np.array([[focal, 0, 319.5], [0, focal, 239.5], [0, 0, 1]]))
     rig, points = StereoCamera(CAMERA, other, np.eye(3), np.array([-0.2, 0, 0])), scene(4000, 1, 8)
     left = CAMERA.project(points[:, :2] / points[:, 2:])
@@ -76,9 +76,9 @@ def test_sigmas_are_those_of_the_right_image_whatever_its_focal_length(focal: fl
     assert known.mean() > 0.98 and np.mean(errors**2) == pytest.approx(1, abs=0.1)
 
 
-def test_points_that_may_be_infinitely_far_have_no_place() -> None:
+def test_points_that_may_be_infinitely_far_have_no_position() -> None:
     points = np.array([[0.1, 0.1, 10.0], [1.0, 1.0, 1e4], [0.1, 0.2, 5.0]])
-    left, right = seen(points)
+    left, right = project_into_both_images(points)
     right[2, 0] += 150  # as if it were behind the cameras
     found, sigmas = triangulate(left, right, np.full(3, 0.5), RIG)
     for array in (found, sigmas[:, None]):
@@ -119,7 +119,7 @@ def distances_by_index(matches: Any, stereo: Any) -> np.ndarray:
     return np.linalg.norm(points[detected] - left[rows_of], axis=1)
 
 
-def test_a_bags_landmarks_lie_on_the_surfaces_of_the_scene(run: Run, bag: Path, tmp_path: Path) -> None:
+def test_the_landmarks_of_a_bag_lie_on_the_surfaces_of_the_scene(run: Run, bag: Path, tmp_path: Path) -> None:
     status, _, err = run(
         bag,
         tmp_path / "out",
@@ -161,7 +161,7 @@ def test_a_bags_landmarks_lie_on_the_surfaces_of_the_scene(run: Run, bag: Path, 
             assert len(ids) == 0
 
 
-def test_one_camera_has_no_landmarks(run: Run, bag: Path, tmp_path: Path) -> None:
+def test_landmarks_are_refused_for_a_single_camera(run: Run, bag: Path, tmp_path: Path) -> None:
     status, _, err = run(bag, tmp_path / "out", "--image", "/left/image_rect", "--landmarks")
     assert status == 2 and "--landmarks: a single camera has no metric scale" in err
 

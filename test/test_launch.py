@@ -23,7 +23,7 @@ from launch import LaunchContext, LaunchDescription, LaunchService  # noqa: E402
 from launch.actions import DeclareLaunchArgument, RegisterEventHandler  # noqa: E402
 from launch.event_handlers import OnProcessExit, OnProcessStart  # noqa: E402
 from launch.launch_description_sources import get_launch_description_from_python_launch_file  # noqa: E402
-from launch_harness import SHARE, Told, apart, include, launched, run  # noqa: E402, F401  (apart is a fixture)
+from launch_harness import SHARE, LaunchedNode, apart, include, launched, run  # noqa: E402, F401  (apart is a fixture)
 from launch_ros.actions import PushRosNamespace, SetParameter, SetParametersFromFile  # noqa: E402
 from lifecycle_msgs.srv import GetState  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
@@ -46,7 +46,7 @@ def params_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_parameter_is_an_argument_beside_the_topics_and_launchs_own(
+def test_the_arguments_are_all_parameters_topics_and_launch_options(
     declared: dict[str, DeclareLaunchArgument],
 ) -> None:
     topics = {f"{side}{topic}" for side in ("", "left_", "right_") for topic in ("image", "camera_info", "mask_topic")}
@@ -69,7 +69,7 @@ def test_each_argument_is_described_and_has_a_default(declared: dict[str, Declar
     assert [name for name, argument in declared.items() if argument.default_value is None] == []
 
 
-def test_a_value_that_is_no_choice_is_refused(declared: dict[str, DeclareLaunchArgument]) -> None:
+def test_a_value_outside_the_choices_is_refused(declared: dict[str, DeclareLaunchArgument]) -> None:
     parameters = {item.name for item in declarations() if item.choices or item.type is bool}
     limited = [argument for argument in declared.values() if argument.choices]
     launchs = {"use_sim_time", "log_level", "respawn", "required", "rviz"}
@@ -82,17 +82,17 @@ def test_a_value_that_is_no_choice_is_refused(declared: dict[str, DeclareLaunchA
 
 
 def test_without_arguments_the_node_has_the_packaged_parameters_and_topics() -> None:
-    told = Told()
-    assert Path(told.executable).parts[-2:] == ("kpmatch_ros", "matcher")
-    assert told.name == "/matcher"
-    assert told.command_line.count("--params-file") == 1
-    assert told.command_line[told.command_line.index("--params-file") + 1] == str(SHARE / "config" / "matcher.yaml")
-    assert told.topics == {topic: f"/{topic}" for topic in told.topics}
-    assert told.parameters["use_sim_time"] is False
+    node = LaunchedNode()
+    assert Path(node.executable).parts[-2:] == ("kpmatch_ros", "matcher")
+    assert node.name == "/matcher"
+    assert node.command_line.count("--params-file") == 1
+    assert node.command_line[node.command_line.index("--params-file") + 1] == str(SHARE / "config" / "matcher.yaml")
+    assert node.topics == {topic: f"/{topic}" for topic in node.topics}
+    assert node.parameters["use_sim_time"] is False
 
 
-def test_an_argument_that_is_not_given_leaves_the_parameter_file_alone(params_file: Path) -> None:
-    parameters = Told(params_file=str(params_file)).parameters
+def test_an_argument_that_is_not_given_does_not_override_the_parameter_file(params_file: Path) -> None:
+    parameters = LaunchedNode(params_file=str(params_file)).parameters
     assert {name: parameters[name] for name in ("device", "queue", "min_inliers")} == {
         "device": "cuda:1",
         "queue": "all",
@@ -105,7 +105,7 @@ def test_an_argument_that_is_not_given_leaves_the_parameter_file_alone(params_fi
 def test_an_argument_that_is_given_overrides_the_parameter_file(params_file: Path, key: str) -> None:
     namespace = "robot" if key.startswith("/robot") else ""
     params_file.write_text(params_file.read_text().replace("matcher", key))
-    parameters = Told(params_file=str(params_file), namespace=namespace, device="cpu").parameters
+    parameters = LaunchedNode(params_file=str(params_file), namespace=namespace, device="cpu").parameters
     assert {name: parameters[name] for name in ("device", "queue", "min_inliers")} == {
         "device": "cpu",
         "queue": "all",
@@ -115,21 +115,23 @@ def test_an_argument_that_is_given_overrides_the_parameter_file(params_file: Pat
 
 @pytest.mark.parametrize("before", ["/robot/matcher", "robot/matcher", "/**", "/robot/*"])
 @pytest.mark.parametrize("last", ["/**", "/robot/matcher", "/robot:\n  matcher"])
-def test_an_argument_wins_wherever_the_file_has_the_parameter(params_file: Path, before: str, last: str) -> None:
+def test_an_argument_overrides_every_section_of_the_parameter_file(params_file: Path, before: str, last: str) -> None:
     """ROS merges the sections of all files. The last section wins, and that may be the parameter file's."""
     values = "{device: 'cuda:1', use_sim_time: false, qos_overrides: {/image: {subscription: {depth: 7}}}}"
     params_file.write_text(
         f"{before}: {{ros__parameters: {{queue: all}}}}\n/other: {{ros__parameters: {{x: 1}}}}\n"
         f"{last}: {{ros__parameters: {values}}}\n"
     )
-    parameters = Told(params_file=str(params_file), namespace="robot", device="cpu", use_sim_time="true").parameters
+    parameters = LaunchedNode(
+        params_file=str(params_file), namespace="robot", device="cpu", use_sim_time="true"
+    ).parameters
     expected = {"device": "cpu", "queue": "all", "use_sim_time": True, "qos_overrides./image.subscription.depth": 7}
     assert {name: parameters.get(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("text", ["1", "1e5", "y", "0x10", "été", "🤖"])
-def test_a_text_stays_one_though_it_looks_like_something_else(text: str) -> None:
-    assert Told(extractor=text).parameters["extractor"] == text
+def test_a_string_stays_a_string_even_if_it_looks_like_a_number_or_boolean(text: str) -> None:
+    assert LaunchedNode(extractor=text).parameters["extractor"] == text
 
 
 def test_every_parameter_reaches_the_node_with_its_type() -> None:
@@ -144,16 +146,21 @@ def test_every_parameter_reaches_the_node_with_its_type() -> None:
     }
     numbers = {"max_keypoints": 512, "max_gap": 2.0, "width_confidence": -1.0}
     texts = {"max_keypoints": "512", "max_gap": "2", "width_confidence": "-1"}
-    parameters = Told(**given, **texts, rectified="True", autostart="false", use_sim_time="true").parameters
+    parameters = LaunchedNode(**given, **texts, rectified="True", autostart="false", use_sim_time="true").parameters
     expected = {**given, **numbers, "rectified": True, "autostart": False, "use_sim_time": True}
     assert {name: type(parameters[name]) for name in numbers} == {name: type(value) for name, value in numbers.items()}
     assert {name: parameters[name] for name in expected} == expected
 
 
 def test_topics_are_remapped_and_camera_info_stays_beside_its_image() -> None:
-    told = Told(image="/front/image_raw", left_image="l/image_rect", right_image="r", right_camera_info="/right/info",
-                left_mask_topic="/body")  # fmt: skip
-    assert told.topics == {
+    node = LaunchedNode(
+        image="/front/image_raw",
+        left_image="l/image_rect",
+        right_image="r",
+        right_camera_info="/right/info",
+        left_mask_topic="/body",
+    )
+    assert node.topics == {
         "image": "/front/image_raw",
         "camera_info": "/front/camera_info",
         "mask": "/front/mask",
@@ -166,17 +173,17 @@ def test_topics_are_remapped_and_camera_info_stays_beside_its_image() -> None:
     }
 
 
-def test_the_namespace_holds_the_node_its_topics_and_its_logger() -> None:
-    told = Told(PushRosNamespace("fleet"), namespace="robot1", image="/front/image_raw", log_level="debug")
-    assert told.name == "/fleet/robot1/matcher"
-    assert told.topics["image"] == "/front/image_raw"
-    assert told.topics["left/image"] == "/fleet/robot1/left/image"
-    assert told.command_line[told.command_line.index("--log-level") + 1] == "fleet.robot1.matcher:=debug"
+def test_the_namespace_applies_to_the_node_its_topics_and_its_logger() -> None:
+    node = LaunchedNode(PushRosNamespace("fleet"), namespace="robot1", image="/front/image_raw", log_level="debug")
+    assert node.name == "/fleet/robot1/matcher"
+    assert node.topics["image"] == "/front/image_raw"
+    assert node.topics["left/image"] == "/fleet/robot1/left/image"
+    assert node.command_line[node.command_line.index("--log-level") + 1] == "fleet.robot1.matcher:=debug"
 
 
 def test_a_parameter_file_in_the_home_folder_is_found(params_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(params_file.parent))
-    assert Told(params_file=f"~/{params_file.name}").parameters["min_inliers"] == 31
+    assert LaunchedNode(params_file=f"~/{params_file.name}").parameters["min_inliers"] == 31
 
 
 def test_a_missing_parameter_file_stops_the_launch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +194,7 @@ def test_a_missing_parameter_file_stops_the_launch(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("content", ["a: [", "a: &a [*a]", "\xff"])
-def test_a_parameter_file_that_is_no_yaml_is_named(params_file: Path, content: str) -> None:
+def test_a_parameter_file_that_is_not_yaml_is_named(params_file: Path, content: str) -> None:
     params_file.write_text(content, encoding="latin-1")
     status, log = launched(f"params_file:={params_file}")
     assert status == 1 and f"params_file: {params_file}: is n" in log
@@ -196,11 +203,11 @@ def test_a_parameter_file_that_is_no_yaml_is_named(params_file: Path, content: s
 @pytest.mark.parametrize(
     "section", ["/**", "robot/matcher", "/robot/matcher", "/*/matcher", "/**/matcher", "robot:\n matcher"]
 )
-def test_a_parameter_file_for_this_node_is_taken(
+def test_a_parameter_file_for_this_node_is_used(
     params_file: Path, section: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params_file.write_text(f"{section}: {{ros__parameters: {{min_inliers: 31}}}}\n")
-    assert Told(params_file=str(params_file), namespace="robot").parameters["min_inliers"] == 31
+    assert LaunchedNode(params_file=str(params_file), namespace="robot").parameters["min_inliers"] == 31
     assert "nothing in it applies" not in capsys.readouterr().out
 
 
@@ -209,7 +216,7 @@ def test_a_parameter_file_for_other_nodes_is_reported(
     params_file: Path, section: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params_file.write_text(f"{section}: {{ros__parameters: {{min_inliers: 31}}}}\n")
-    assert "min_inliers" not in Told(params_file=str(params_file), namespace="robot").parameters
+    assert "min_inliers" not in LaunchedNode(params_file=str(params_file), namespace="robot").parameters
     assert "has no section for /robot/matcher, so nothing in it applies" in capsys.readouterr().out
 
 
@@ -227,7 +234,7 @@ def test_a_parameter_file_for_other_nodes_is_reported(
         ("rviz:=true", "rviz2 is not installed"),
     ],
 )
-def test_a_wrong_argument_stops_the_launch_and_is_named(word: str, said: str) -> None:
+def test_an_invalid_argument_is_named_and_stops_the_launch(word: str, said: str) -> None:
     if word.startswith("rviz") and find_package("rviz2"):
         pytest.skip("rviz2 is installed")
     status, log = launched(word)
@@ -243,17 +250,15 @@ def find_package(name: str) -> bool:
     return True
 
 
-def test_the_arguments_of_a_launch_file_that_includes_this_one_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Told(robot="r2d2", max_keypoint="512", device="cpu").parameters["device"] == "cpu"
+def test_unknown_arguments_of_an_including_launch_file_are_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert LaunchedNode(robot="r2d2", max_keypoint="512", device="cpu").parameters["device"] == "cpu"
     output = capsys.readouterr().out
     assert "has no argument max_keypoint, did you mean max_keypoints?" in output
     assert "robot" not in output
 
 
 @pytest.mark.parametrize("name", ["matcher.launch.py", "two_cameras.launch.py"])
-def test_a_launch_file_of_the_same_name_that_includes_this_one_has_arguments_of_its_own(
-    tmp_path: Path, name: str
-) -> None:
+def test_an_including_launch_file_of_the_same_name_may_have_other_arguments(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(
         "from launch import LaunchDescription as Description\n"
         "from launch.actions import IncludeLaunchDescription as Include\n"
@@ -263,35 +268,35 @@ def test_a_launch_file_of_the_same_name_that_includes_this_one_has_arguments_of_
     assert status == 0 and "process started" in log
 
 
-def test_the_launch_file_may_be_named_by_its_path() -> None:
+def test_the_launch_file_may_be_given_by_its_path() -> None:
     status, log = launched("colour:=red", file=LAUNCH_FILE)
     assert status == 1 and "matcher.launch.py has no argument colour." in log
 
 
-def test_a_parameter_that_is_set_around_the_launch_file_counts_over_the_packaged_defaults(tmp_path: Path) -> None:
+def test_parameters_of_an_including_launch_file_override_the_packaged_defaults(tmp_path: Path) -> None:
     (tmp_path / "robot.yaml").write_text(
         "/**: {ros__parameters: {min_inliers: 31}}\nlidar: {ros__parameters: {a: 1}}\n"
     )
     around = {"refine": False, "max_gap": 2, "max_keypoints": 77, "robot_radius": 0.3}
     file = SetParametersFromFile(str(tmp_path / "robot.yaml"))
-    told = Told(file, *(SetParameter(name, value) for name, value in around.items()), max_keypoints="512")
+    node = LaunchedNode(file, *(SetParameter(name, value) for name, value in around.items()), max_keypoints="512")
     expected = {"refine": False, "max_gap": 2.0, "max_keypoints": 512, "min_inliers": 31}
-    assert {name: told.parameters[name] for name in expected} == expected
+    assert {name: node.parameters[name] for name in expected} == expected
 
 
-def test_a_mode_and_a_transport_that_are_set_around_the_launch_file_count_for_its_topics() -> None:
-    stereo = Told(SetParameter("mode", "stereo"), left_image=LEFT, right_image="/right/image_raw/compressed")
+def test_mode_and_transport_of_an_including_launch_file_apply_to_the_topics() -> None:
+    stereo = LaunchedNode(SetParameter("mode", "stereo"), left_image=LEFT, right_image="/right/image_raw/compressed")
     assert (stereo.parameters["mode"], stereo.parameters["image_transport"]) == ("stereo", "compressed")
     assert stereo.topics["left/image"] == "/left/image_raw" and stereo.topics["right/image"] == "/right/image_raw"
-    mono = Told(SetParameter("image_transport", "compressed"), image="/front/image_raw")
+    mono = LaunchedNode(SetParameter("image_transport", "compressed"), image="/front/image_raw")
     assert (mono.parameters["image_transport"], mono.topics["image"]) == ("compressed", "/front/image_raw")
 
 
-def test_a_parameter_file_that_is_given_counts_over_what_is_set_around_the_launch_file_and_says_so(
+def test_a_parameter_file_overrides_an_including_launch_file_with_a_message(
     params_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     around = {"device": "cpu", "min_inliers": 40, "queue": "all", "max_gap": 2.0}
-    parameters = Told(
+    parameters = LaunchedNode(
         *(SetParameter(name, value) for name, value in around.items()), params_file=str(params_file), min_inliers="50"
     ).parameters
     expected = {"device": "cuda:1", "min_inliers": 50, "queue": "all", "max_gap": 2.0}
@@ -302,7 +307,7 @@ def test_a_parameter_file_that_is_given_counts_over_what_is_set_around_the_launc
     )
 
 
-def test_a_value_that_is_not_allowed_around_the_launch_file_stops_the_launch(
+def test_an_invalid_value_of_an_including_launch_file_stops_the_launch(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(SetParameter("max_keypoints", 0), include(**{"launch-prefix": "true"})) == 1
@@ -310,29 +315,29 @@ def test_a_value_that_is_not_allowed_around_the_launch_file_stops_the_launch(
 
 
 @pytest.mark.parametrize("key", ["max_keypoint", "frobnicate"])
-def test_a_mistyped_key_in_a_section_of_the_nodes_own_stops_the_launch(params_file: Path, key: str) -> None:
+def test_an_unknown_key_in_the_nodes_own_section_stops_the_launch(params_file: Path, key: str) -> None:
     params_file.write_text(f"matcher: {{ros__parameters: {{{key}: 512}}}}\n")
     status, log = launched(f"params_file:={params_file}")
     assert status == 1 and f"/matcher has {key}, which is not a parameter of the matcher" in log
 
 
-def test_a_section_for_all_nodes_may_hold_other_nodes_parameters(
+def test_a_section_for_all_nodes_may_contain_parameters_of_other_nodes(
     params_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params_file.write_text("/**: {ros__parameters: {max_keypoint: 512, frobnicate: 1, min_inliers: 31}}\n")
-    assert Told(params_file=str(params_file)).parameters["min_inliers"] == 31
+    assert LaunchedNode(params_file=str(params_file)).parameters["min_inliers"] == 31
     output = capsys.readouterr().out
     assert "has max_keypoint, which is not a parameter of the matcher, did you mean max_keypoints?" in output
     assert "frobnicate" not in output
 
 
-def test_a_topic_of_compressed_images_sets_the_transport() -> None:
-    told = Told(image="/front/image_raw/compressed")
-    assert told.topics["image"] == "/front/image_raw" and told.topics["camera_info"] == "/front/camera_info"
-    assert told.parameters["image_transport"] == "compressed"
+def test_a_compressed_topic_sets_the_image_transport() -> None:
+    node = LaunchedNode(image="/front/image_raw/compressed")
+    assert node.topics["image"] == "/front/image_raw" and node.topics["camera_info"] == "/front/camera_info"
+    assert node.parameters["image_transport"] == "compressed"
 
 
-def test_a_topic_of_compressed_images_cannot_be_read_raw() -> None:
+def test_a_compressed_topic_with_raw_transport_is_refused() -> None:
     status, log = launched("image:=/front/image_raw/compressed", "image_transport:=raw")
     assert status == 1 and "image_transport:=raw cannot read it" in log
 
@@ -351,19 +356,19 @@ LEFT = "/left/image_raw/compressed"
         ({"image": LEFT}, "{/**: {ros__parameters: {mode: mono}}, matcher: {ros__parameters: {mode: stereo}}}"),
     ],
 )
-def test_a_camera_that_the_mode_has_not_sets_no_transport(
+def test_a_topic_that_the_mode_does_not_use_sets_no_transport(
     params_file: Path, words: dict[str, str], sections: str
 ) -> None:
     params_file.write_text(sections)
-    parameters = Told(params_file=str(params_file), **words).parameters
+    parameters = LaunchedNode(params_file=str(params_file), **words).parameters
     assert parameters.get("image_transport") == words.get("image_transport")
 
 
-def test_compressed_topics_of_the_parameter_files_mode_set_the_transport(params_file: Path) -> None:
+def test_compressed_topics_set_the_transport_with_the_mode_of_the_parameter_file(params_file: Path) -> None:
     params_file.write_text("/**: {ros__parameters: {mode: stereo}}\n")
-    told = Told(params_file=str(params_file), left_image=LEFT, right_image="/right/image_raw/compressed")
-    assert told.parameters["image_transport"] == "compressed"
-    assert told.topics["left/image"] == "/left/image_raw" and told.topics["right/image"] == "/right/image_raw"
+    node = LaunchedNode(params_file=str(params_file), left_image=LEFT, right_image="/right/image_raw/compressed")
+    assert node.parameters["image_transport"] == "compressed"
+    assert node.topics["left/image"] == "/left/image_raw" and node.topics["right/image"] == "/right/image_raw"
 
 
 def test_one_compressed_topic_of_a_pair_stops_the_launch() -> None:
@@ -372,8 +377,8 @@ def test_one_compressed_topic_of_a_pair_stops_the_launch() -> None:
 
 
 def test_topics_may_begin_with_a_tilde() -> None:
-    told = Told(image="~/image", namespace="robot")
-    assert (told.topics["image"], told.topics["camera_info"]) == ("/robot/matcher/image", "/robot/matcher/camera_info")
+    node = LaunchedNode(image="~/image", namespace="robot")
+    assert (node.topics["image"], node.topics["camera_info"]) == ("/robot/matcher/image", "/robot/matcher/camera_info")
 
 
 def exit_status(*words: str) -> tuple[int, int]:
@@ -385,15 +390,15 @@ def exit_status(*words: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("required", "status"), [("true", 1), ("false", 0)])
-def test_a_node_that_cannot_be_configured_ends_and_the_launch_says_so(required: str, status: int) -> None:
+def test_the_exit_status_of_the_launch_reports_a_required_node_that_failed(required: str, status: int) -> None:
     assert exit_status(f"required:={required}") == (status, 1)
 
 
-def test_a_node_that_is_respawned_ends_the_launch_after_its_last_try() -> None:
+def test_a_respawned_node_ends_the_launch_after_its_last_retry() -> None:
     assert exit_status("required:=true", "respawn:=true", "respawn_max_retries:=1") == (1, 2)
 
 
-def test_the_launch_file_is_read_without_loading_torch(tmp_path: Path) -> None:
+def test_the_launch_file_does_not_import_torch(tmp_path: Path) -> None:
     code = (
         "import runpy, sys\n"
         f"runpy.run_path({LAUNCH_FILE!r})['generate_launch_description']()\n"

@@ -35,19 +35,19 @@ def topics() -> dict[str, str]:
     return found
 
 
-def words(value: Any) -> Iterator[str]:
+def keys_and_strings(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key
-            yield from words(inner)
+            yield from keys_and_strings(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from words(inner)
+            yield from keys_and_strings(inner)
     elif isinstance(value, str):
         yield value
 
 
-def test_each_display_of_rviz_shows_a_topic_of_its_type(topics: dict[str, str]) -> None:
+def test_each_rviz_display_shows_a_topic_of_its_type(topics: dict[str, str]) -> None:
     displays = yaml.safe_load((ROOT / "rviz" / "matcher.rviz").read_text())["Visualization Manager"]["Displays"]
     shown = {item["Topic"]["Value"]: item["Class"] for item in displays if "Topic" in item}
     assert set(shown) == {"match_image", "odometry", "landmarks", "path"}
@@ -59,11 +59,11 @@ def test_each_display_of_rviz_shows_a_topic_of_its_type(topics: dict[str, str]) 
     assert {topic: RVIZ[kind] for topic, kind in shown.items()} == {topic: known[topic] for topic in shown}
 
 
-def test_each_panel_of_foxglove_shows_topics_and_fields_that_exist(topics: dict[str, str]) -> None:
+def test_each_foxglove_panel_shows_existing_topics_and_fields(topics: dict[str, str]) -> None:
     layout = json.loads((ROOT / "foxglove" / "matcher.json").read_text())
     plotted: list[str] = []
     for name, panel in layout["configById"].items():
-        for path in (word for word in words(panel) if re.fullmatch(r"/[a-z_]+(\.[a-z_.]+)?", word)):
+        for path in (word for word in keys_and_strings(panel) if re.fullmatch(r"/[a-z_]+(\.[a-z_.]+)?", word)):
             topic, _, field = path.lstrip("/").partition(".")
             if field:
                 message = (ROOT / "msg" / f"{topics[topic].split('/')[1]}.msg").read_text()
@@ -74,7 +74,7 @@ def test_each_panel_of_foxglove_shows_topics_and_fields_that_exist(topics: dict[
     assert len(plotted) >= 5
 
 
-def test_each_panel_of_foxglove_has_its_place() -> None:
+def test_each_foxglove_panel_is_placed_in_the_layout() -> None:
     layout = json.loads((ROOT / "foxglove" / "matcher.json").read_text())
-    placed = sorted(word for word in words(layout["layout"]) if "!" in word)
+    placed = sorted(word for word in keys_and_strings(layout["layout"]) if "!" in word)
     assert placed == sorted(layout["configById"])

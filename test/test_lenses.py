@@ -94,7 +94,7 @@ def nees(message: Any, before: DemoFrame, after: DemoFrame, turn: np.ndarray) ->
     return float(error @ np.linalg.pinv(covariance, rcond=1e-9, hermitian=True) @ error)
 
 
-def test_the_node_gives_true_poses_through_fisheye_and_rational_lenses_binning_and_regions(tmp_path: Path) -> None:
+def test_the_nodes_poses_are_correct_for_all_lens_models_binning_and_regions(tmp_path: Path) -> None:
     frames, count = list(demo_frames(len(LENSES))), len(LENSES) - 1  # the two images of a pair have different lenses
     with running_node(tmp_path, max_keypoints=384) as node:
         node.wait_until_connected()
@@ -134,7 +134,7 @@ def test_rectified_images_have_poses_in_the_rectified_frame(tmp_path: Path, kpma
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_a_fisheye_lens_sees_beyond_90_degrees_is_left_out_of_the_pose(seed: int) -> None:
+def test_points_beyond_90_degrees_of_a_fisheye_are_not_inliers_of_the_pose(seed: int) -> None:
     random, coefficients = np.random.default_rng(seed), np.array([-0.01, 0.005, -0.002, 0.0001])
     camera = Camera(640, 480, np.array([[150.0, 0, 320], [0, 150.0, 240], [0, 0, 1]]), "equidistant", coefficients)
 

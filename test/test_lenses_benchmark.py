@@ -30,7 +30,7 @@ class Waves:
 
 @pytest.mark.parametrize("lens", ["pinhole", "fisheye-144", "fisheye-190"])
 @pytest.mark.parametrize("pixels, least, most", [(1.25, 0.0, 0.4), (3.0, 0.7, 0.95), (12.0, 0.95, 1.03)])
-def test_a_pixel_shows_the_mean_of_what_it_sees(lens: str, pixels: float, least: float, most: float) -> None:
+def test_a_pixel_is_the_mean_over_its_area(lens: str, pixels: float, least: float, most: float) -> None:
     """For a wavelength of `pixels`, the contrast is |sin(a) / a| with a = pi / pixels: .23, .83, .99."""
     focal, model, coefficients = LENSES[lens]
     matrix = np.array([[focal, 0, 79.5], [0, focal, 59.5], [0, 0, 1]])
@@ -40,7 +40,7 @@ def test_a_pixel_shows_the_mean_of_what_it_sees(lens: str, pixels: float, least:
     assert least < contrast < most
 
 
-def test_a_pixel_looks_along_its_own_ray_and_no_other() -> None:
+def test_the_samples_of_a_pixel_are_centred_on_its_ray() -> None:
     camera = Camera(160, 120, np.array([[200.0, 0, 70], [0, 200.0, 55], [0, 0, 1]]))
     rays = directions(camera)
     middles = rays.reshape(120, 2, 160, 2, 3).mean(axis=(1, 3))

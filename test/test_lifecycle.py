@@ -72,10 +72,10 @@ def spin_until(executor: SingleThreadedExecutor, condition: Callable[[], Any]) -
         if condition():
             return
         executor.spin_once(timeout_sec=0.1)
-    pytest.fail("it does not come to pass")
+    pytest.fail("the condition did not become true")
 
 
-def told(node: MatcherNode) -> str:
+def reported_problems(node: MatcherNode) -> str:
     """Return the problems that the diagnostics report."""
     return "; ".join(problem.explanation for problem in node._condition().problems)  # noqa: SLF001
 
@@ -86,7 +86,7 @@ def picture(nanoseconds: int = 0) -> Image:
     return message
 
 
-def finished(work: Callable[[], Any]) -> Any:
+def result_without_hang(work: Callable[[], Any]) -> Any:
     """Return the result of some work, and fail if it hangs."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
@@ -97,7 +97,7 @@ def finished(work: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("precision", ["float32", "float12"])
-def test_a_node_that_has_ended_or_cannot_start_is_gone_from_the_graph_while_the_program_still_holds_it(
+def test_a_node_that_ended_or_failed_to_start_leaves_the_graph_while_still_referenced(
     executor: SingleThreadedExecutor, precision: str
 ) -> None:
     peer = rclpy.create_node("peer", context=executor.context)
@@ -122,11 +122,11 @@ def test_weights_on_a_file_system_that_times_out_fail_the_configuration(
 
     monkeypatch.setattr(matcher, "FrontEnd", time_out)
     node = make_node()
-    assert finished(node.trigger_configure) == FAILURE
+    assert result_without_hang(node.trigger_configure) == FAILURE
     assert "Connection timed out" in node.fault
 
 
-def test_a_configuration_that_fails_leaves_no_topic_and_no_thread_behind(make_node: MakeNode) -> None:
+def test_a_failed_configuration_leaves_no_topic_and_no_thread(make_node: MakeNode) -> None:
     before = threading.active_count()
     node = make_node("qos_overrides./relative_pose.publisher.reliability:=most")
     for _ in range(2):
@@ -138,14 +138,14 @@ def test_a_configuration_that_fails_leaves_no_topic_and_no_thread_behind(make_no
     assert threading.active_count() <= before + 1
 
 
-def test_an_activation_that_fails_leaves_no_subscription_behind(make_node: MakeNode) -> None:
+def test_a_failed_activation_leaves_no_subscription(make_node: MakeNode) -> None:
     node = make_node("qos_overrides./camera_info.subscription.reliability:=most")
     assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, FAILURE)
     assert "most" in node.fault and node.count_subscribers("image") == 0
     assert node.trigger_cleanup() == SUCCESS and node.fault == ""
 
 
-def test_what_is_refused_in_a_state_is_refused_with_what_to_do_in_it(
+def test_a_request_refused_because_of_the_state_names_the_required_transition(
     make_node: MakeNode, executor: SingleThreadedExecutor
 ) -> None:
     node = make_node(matcher="nearest")
@@ -154,7 +154,7 @@ def test_what_is_refused_in_a_state_is_refused_with_what_to_do_in_it(
     reset, match = peer.create_client(Trigger, "reset"), peer.create_client(MatchFeatures, "match_features")
     spin_until(executor, lambda: reset.service_is_ready() and match.service_is_ready())
 
-    def asked() -> list[str]:
+    def refusals() -> list[str]:
         answers = reset.call_async(Trigger.Request()), match.call_async(MatchFeatures.Request())
         spin_until(executor, lambda: all(answer.done() for answer in answers))
         return [answer.result().message for answer in answers]
@@ -163,19 +163,19 @@ def test_what_is_refused_in_a_state_is_refused_with_what_to_do_in_it(
         reason: str = node.set_parameters([Parameter("mode", value="stereo")])[0].reason
         return reason
 
-    assert all("the node is unconfigured: configure and activate the node" in message for message in asked())
+    assert all("the node is unconfigured: configure and activate the node" in message for message in refusals())
     assert node.trigger_configure() == SUCCESS
-    assert "the node is inactive: activate the node" in asked()[1]
+    assert "the node is inactive: activate the node" in refusals()[1]
     assert changed() == "mode takes effect when the node is configured: clean it up first (ros2 lifecycle set)"
     assert node.trigger_activate() == SUCCESS
     assert "when the node is configured: deactivate it and clean it up first" in changed()
     assert node.trigger_shutdown() == SUCCESS
     end = "is finalized: it processes no more images; start it again"
-    assert all(end in message for message in (*asked(), changed()))
+    assert all(end in message for message in (*refusals(), changed()))
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Trigger, "reset"), (MatchFeatures, "match_features")])
-def test_many_clients_that_ask_before_the_node_comes_to_it_are_all_answered(
+def test_all_requests_of_many_clients_are_answered(
     make_node: MakeNode, executor: SingleThreadedExecutor, kind: Any, name: str
 ) -> None:
     make_node()
@@ -188,7 +188,7 @@ def test_many_clients_that_ask_before_the_node_comes_to_it_are_all_answered(
     spin_until(executor, lambda: all(answer.done() for answer in answers))
 
 
-def test_a_node_that_is_shut_down_refuses_the_requests_that_wait(
+def test_a_node_that_shuts_down_refuses_the_waiting_requests(
     make_node: MakeNode, executor: SingleThreadedExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, end = threading.Event(), threading.Event()
@@ -244,10 +244,10 @@ def test_deactivation_does_not_wait_for_a_calibration(
     spin_until(executor, lambda: images.get_subscription_count() and infos.get_subscription_count())
     images.publish(Image(width=64, height=64, encoding="mono8", step=64, data=bytes(64 * 64)))
     spin_until(executor, waits.is_set)
-    assert finished(node.trigger_deactivate) == SUCCESS
+    assert result_without_hang(node.trigger_deactivate) == SUCCESS
 
 
-def test_a_choice_that_ros_takes_for_a_boolean_is_understood(make_node: MakeNode) -> None:
+def test_the_value_off_is_accepted_even_if_ros_parses_it_as_a_boolean(make_node: MakeNode) -> None:
     node = make_node("stretch:=off")
     assert node.parameters.stretch == "off"
     assert node.set_parameters([Parameter("stretch", value="auto")])[0].successful
@@ -256,23 +256,25 @@ def test_a_choice_that_ros_takes_for_a_boolean_is_understood(make_node: MakeNode
     assert not refused.successful and "it must be a str" in refused.reason
 
 
-def test_a_profile_is_refused_once_the_node_has_started_and_what_it_sets_is_named(make_node: MakeNode) -> None:
+def test_changing_the_profile_of_a_running_node_is_refused_with_alternatives(make_node: MakeNode) -> None:
     node = make_node()
     refused = node.set_parameters([Parameter("profile", value="fast")])[0]
     assert not refused.successful and "start it with profile:=fast, or set extractor, matcher" in refused.reason
     assert node.parameters.profile == "accurate"
-    assert node.set_parameters([Parameter("profile", value="accurate")])[0].successful, "as it is"
+    assert node.set_parameters([Parameter("profile", value="accurate")])[0].successful, (
+        "the current profile is accepted"
+    )
 
 
 @pytest.mark.parametrize("value", ["depth:=-1", "reliability:=unknown", "depth:=2147483648"])
-def test_an_override_that_the_middleware_refuses_is_named(make_node: MakeNode, value: str) -> None:
+def test_a_qos_override_that_the_middleware_refuses_is_named(make_node: MakeNode, value: str) -> None:
     node = make_node(f"qos_overrides./image.subscription.{value}", matcher="nearest")
     assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, FAILURE)
     assert "qos_overrides of image" in node.fault and "depth a whole number" in node.fault
 
 
 @pytest.mark.parametrize(("first", "second"), [("latest", "all"), ("all", "latest")])
-def test_the_quality_of_service_follows_the_queue_that_is_set_between_two_configurations(
+def test_a_changed_queue_changes_the_qos_at_the_next_configuration(
     make_node: MakeNode, executor: SingleThreadedExecutor, first: str, second: str
 ) -> None:
     """rclpy would keep the QoS of the first configuration, and treat it as the user's."""
@@ -300,26 +302,26 @@ def test_the_quality_of_service_follows_the_queue_that_is_set_between_two_config
     peer.destroy_node()
 
 
-def test_a_driver_that_is_started_again_is_heard_though_it_sends_its_calibration_once(
+def test_the_latched_calibration_of_a_restarted_driver_is_received(
     make_node: MakeNode, executor: SingleThreadedExecutor
 ) -> None:
     node = make_node(matcher="nearest")
     assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
-    heard: list[float] = []
+    received: list[float] = []
     taken = node._pipeline.add_info  # noqa: SLF001
-    node._pipeline.add_info = lambda side, info: (heard.append(info.k[0]), taken(side, info))  # noqa: SLF001
+    node._pipeline.add_info = lambda side, info: (received.append(info.k[0]), taken(side, info))  # noqa: SLF001
     latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
     for focal in (300.0, 600.0, 900.0):
         driver = rclpy.create_node("driver", context=executor.context)
         infos = driver.create_publisher(CameraInfo, "camera_info", latched)
         infos.publish(CameraInfo(width=320, height=240, k=[focal, 0.0, 160.0, 0.0, focal, 120.0, 0.0, 0.0, 1.0]))
-        spin_until(executor, lambda focal=focal: focal in heard)
+        spin_until(executor, lambda focal=focal: focal in received)
         driver.destroy_node()
         if focal == 600.0:
             assert (node.trigger_deactivate(), node.trigger_activate()) == (SUCCESS, SUCCESS)
 
 
-def test_a_best_effort_publisher_of_masks_leaves_the_images_reliable(
+def test_a_best_effort_mask_publisher_does_not_change_the_image_reliability(
     make_node: MakeNode, executor: SingleThreadedExecutor
 ) -> None:
     node = make_node(matcher="nearest", queue="all")
@@ -344,7 +346,7 @@ def test_a_best_effort_publisher_of_masks_leaves_the_images_reliable(
     ("topic", "silence"),
     [("image", "no image on /image"), ("camera_info", "no calibration on /camera_info"), ("mask", "")],
 )
-def test_a_publisher_that_is_not_heard_is_told_of_while_it_is_there_and_hides_nothing(
+def test_an_incompatible_publisher_is_reported_while_it_exists_and_hides_no_other_problem(
     make_node: MakeNode, executor: SingleThreadedExecutor, monkeypatch: pytest.MonkeyPatch, topic: str, silence: str
 ) -> None:
     monkeypatch.setattr(inputs, "_SILENT_AFTER", 0.0)
@@ -355,22 +357,27 @@ def test_a_publisher_that_is_not_heard_is_told_of_while_it_is_there_and_hides_no
 
     unheard = f"the publisher of /{topic} offers another reliability: its messages do not arrive"
     first = peer.create_publisher(kind, topic, qos_profile_sensor_data)
-    spin_until(executor, lambda: unheard in told(node))
-    assert not silence or silence not in told(node), "one sentence says why"
+    spin_until(executor, lambda: unheard in reported_problems(node))
+    assert not silence or silence not in reported_problems(node), "only one of the two problems is reported"
     second = peer.create_publisher(kind, topic, 10)
-    spin_until(executor, lambda: silence in told(node))
-    assert unheard in told(node)
+    spin_until(executor, lambda: silence in reported_problems(node))
+    assert unheard in reported_problems(node)
     peer.destroy_publisher(first)
-    spin_until(executor, lambda: unheard not in told(node))
-    assert silence in told(node)
+    spin_until(executor, lambda: unheard not in reported_problems(node))
+    assert silence in reported_problems(node)
     peer.destroy_publisher(second)
-    spin_until(executor, lambda: not silence or (silence in told(node) and "nobody publishes it" in told(node)))
-    assert unheard not in told(node)
+    spin_until(
+        executor,
+        lambda: (
+            not silence or (silence in reported_problems(node) and "nobody publishes it" in reported_problems(node))
+        ),
+    )
+    assert unheard not in reported_problems(node)
     peer.destroy_node()
 
 
 @pytest.mark.parametrize(("interval", "silent"), [(0.1, 2.0), (2.6, 7.8), (1000.0, 60.0)])
-def test_a_camera_is_silent_when_it_misses_images_be_it_slow(
+def test_a_camera_is_reported_as_silent_relative_to_its_frame_interval(
     make_node: MakeNode,
     executor: SingleThreadedExecutor,
     monkeypatch: pytest.MonkeyPatch,
@@ -389,13 +396,13 @@ def test_a_camera_is_silent_when_it_misses_images_be_it_slow(
         images.publish(picture(number + 1))
         spin_until(executor, lambda: node.monitor.values()["frames received"] == str(number + 1))  # noqa: B023
     now += 0.99 * silent
-    assert "no image on /image" not in told(node)
+    assert "no image on /image" not in reported_problems(node)
     now += 0.02 * silent
-    assert "no image on /image" in told(node)
+    assert "no image on /image" in reported_problems(node)
     peer.destroy_node()
 
 
-def test_publishers_of_one_name_are_two_senders_once_they_have_stood_for_longer_than_one_that_was_killed(
+def test_publishers_with_the_same_node_name_count_as_two_after_the_lease_time(
     make_node: MakeNode, executor: SingleThreadedExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = make_node(matcher="nearest")
@@ -406,18 +413,20 @@ def test_publishers_of_one_name_are_two_senders_once_they_have_stood_for_longer_
     spin_until(
         executor, lambda: all(len(node.get_publishers_info_by_topic(name)) == 2 for name in ("image", "matches"))
     )
-    assert "publishers send" not in told(node) and "another node publishes" not in told(node)
+    assert "publishers send" not in reported_problems(node) and "another node publishes" not in reported_problems(node)
     images.append(others[3].create_publisher(Image, "image", 10))
-    spin_until(executor, lambda: "2 publishers send on /image (/camera, /usb)" in told(node))
+    spin_until(executor, lambda: "2 publishers send on /image (/camera, /usb)" in reported_problems(node))
     monkeypatch.setattr(senders, "_LEASE", 0.0)
-    spin_until(executor, lambda: "3 publishers send on /image (/camera, /usb)" in told(node))
-    spin_until(executor, lambda: "another node publishes on /matches too (/matcher, another node of" in told(node))
+    spin_until(executor, lambda: "3 publishers send on /image (/camera, /usb)" in reported_problems(node))
+    spin_until(
+        executor, lambda: "another node publishes on /matches too (/matcher, another node of" in reported_problems(node)
+    )
     assert len(images) == 3 and twin is not None
     for other in others:
         other.destroy_node()
 
 
-def test_a_gap_with_dropped_frames_in_it_is_told_as_such_and_a_slow_frame_by_itself_is_no_gap(
+def test_dropped_frames_are_named_as_the_cause_of_a_gap_and_slow_frames_are_no_gap(
     make_node: MakeNode, executor: SingleThreadedExecutor
 ) -> None:
     node = make_node(matcher="nearest", max_gap=1e-6)
@@ -432,7 +441,7 @@ def test_a_gap_with_dropped_frames_in_it_is_told_as_such_and_a_slow_frame_by_its
     def process(apart: int) -> str:
         send(apart)
         spin_until(executor, lambda: node.monitor.values()["frames processed"] == str(sent))
-        return told(node)
+        return reported_problems(node)
 
     assert all("max_gap" not in process(1) for _ in range(3)), "each took more than a microsecond"
     alone = process(10_000)
@@ -441,13 +450,13 @@ def test_a_gap_with_dropped_frames_in_it_is_told_as_such_and_a_slow_frame_by_its
     def overtaken() -> bool:
         for _ in range(3):
             send(10_000)
-        return "and frames that arrived in the meantime were dropped" in told(node)
+        return "and frames that arrived in the meantime were dropped" in reported_problems(node)
 
     spin_until(executor, overtaken)
-    assert "lower max_keypoints, or raise max_gap" in told(node)
+    assert "lower max_keypoints, or raise max_gap" in reported_problems(node)
 
 
-def test_figures_of_the_last_pair_end_with_the_cameras_that_it_was_of_and_counters_go_on(
+def test_a_new_configuration_clears_the_figures_of_the_last_pair_but_not_the_counters(
     make_node: MakeNode, executor: SingleThreadedExecutor
 ) -> None:
     node = make_node(matcher="nearest", mode="stereo")
@@ -466,7 +475,7 @@ def test_figures_of_the_last_pair_end_with_the_cameras_that_it_was_of_and_counte
     assert not {"stereo matches", "stereo inlier ratio", "odometry breaks"} & set(after)
 
 
-def test_after_an_activation_that_failed_the_next_one_works(
+def test_activation_works_after_a_failed_activation(
     make_node: MakeNode, executor: SingleThreadedExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = make_node(matcher="nearest", queue="all", autostart=False)

@@ -22,7 +22,7 @@ FIXED: Modes = {"depth_confidence": -1.0, "width_confidence": -1.0}
 ADAPTIVE: Modes = {"depth_confidence": 0.5, "width_confidence": 0.8}  # with random weights, this stops early and prunes
 
 
-def test_the_confidences_and_the_threshold_come_from_the_configuration(
+def test_confidences_and_threshold_are_read_from_the_configuration(
     random_folder: Callable[..., Path],
 ) -> None:
     folder = random_folder(lightglue={"depth_confidence": 0.5, "width_confidence": 0.75, "filter_threshold": 0.25})
@@ -59,7 +59,7 @@ def test_few_or_no_keypoints_give_few_or_no_matches(
 
 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
-def test_a_pair_with_an_image_without_keypoints_leaves_the_others_of_its_batch_alone(
+def test_an_image_without_keypoints_does_not_affect_other_pairs_of_the_batch(
     lightglue: Callable[..., LightGlue], modes: Modes
 ) -> None:
     model = lightglue(filter_threshold=0.0, **modes)
@@ -81,7 +81,7 @@ def test_a_pair_with_an_image_without_keypoints_leaves_the_others_of_its_batch_a
 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_padding_of_one_image_changes_nothing(lightglue: Callable[..., LightGlue], modes: Modes, which: int) -> None:
+def test_padding_of_one_image_has_no_effect(lightglue: Callable[..., LightGlue], modes: Modes, which: int) -> None:
     model, inputs = lightglue(**modes), list(scene(40, 50))
     expected = model(*inputs)
     count = (40, 50)[which]
@@ -131,7 +131,7 @@ def run(model: LightGlue, ahead: bool, above: int = 0) -> Assignment:
 @pytest.mark.parametrize("width_confidence", [-1.0, 0.8])
 @pytest.mark.parametrize("depth_confidence", [-1.0, 0.2, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("seed", range(2))
-def test_running_ahead_changes_nothing(
+def test_running_ahead_does_not_change_the_result(
     lightglue: Callable[..., LightGlue], seed: int, depth_confidence: float, width_confidence: float
 ) -> None:
     model = lightglue(seed, depth_confidence=depth_confidence, width_confidence=width_confidence)
@@ -139,7 +139,7 @@ def test_running_ahead_changes_nothing(
         assert torch.equal(ahead, at_once)
 
 
-def test_the_next_layer_has_begun_before_the_host_asks_whether_the_last_was_enough(
+def test_the_next_layer_starts_before_the_stopping_criterion_is_read(
     lightglue: Callable[..., LightGlue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, events = lightglue(depth_confidence=0.5, width_confidence=-1.0), []
@@ -157,7 +157,9 @@ def test_the_next_layer_has_begun_before_the_host_asks_whether_the_last_was_enou
     assert events == ["layer 1", *(event for i in range(layers) for event in (f"layer {i + 2}", "asked"))]
 
 
-def test_points_are_dropped_only_from_images_with_more_than_so_many(lightglue: Callable[..., LightGlue]) -> None:
+def test_points_are_pruned_only_in_images_with_more_points_than_prune_above(
+    lightglue: Callable[..., LightGlue],
+) -> None:
     model = lightglue(depth_confidence=-1.0, width_confidence=0.8)
     last = len(model.transformer_layers)
     assert (run(model, ahead=True, above=50).layers0 == last).all()
@@ -182,7 +184,7 @@ def test_matches_are_one_to_one_and_agree_in_both_directions(lightglue: Callable
 
 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
-def test_the_order_of_keypoints_and_of_images_plays_no_part(lightglue: Callable[..., LightGlue], modes: Modes) -> None:
+def test_the_order_of_keypoints_and_of_images_has_no_effect(lightglue: Callable[..., LightGlue], modes: Modes) -> None:
     model, (image0, image1) = lightglue(**modes), scene(60, 80)
     expected = model(image0, image1)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
@@ -194,7 +196,7 @@ def test_the_order_of_keypoints_and_of_images_plays_no_part(lightglue: Callable[
     assert torch.equal(found.layers1, expected.layers0[:, order])
 
 
-def test_an_image_and_its_enlargement_match_alike(lightglue: Callable[..., LightGlue]) -> None:
+def test_the_scale_of_an_image_has_no_effect(lightglue: Callable[..., LightGlue]) -> None:
     model, (image0, image1) = lightglue(**FIXED), scene(60, 80)
     enlarged = image1._replace(keypoints=3 * image1.keypoints, size=3 * image1.size)
     expected, found = model(image0, image1), model(image0, enlarged)
@@ -202,7 +204,7 @@ def test_an_image_and_its_enlargement_match_alike(lightglue: Callable[..., Light
     assert torch.allclose(found.scores0, expected.scores0, atol=1e-4)
 
 
-def test_positions_matter(lightglue: Callable[..., LightGlue]) -> None:
+def test_the_positions_of_keypoints_affect_the_scores(lightglue: Callable[..., LightGlue]) -> None:
     model, (image0, image1) = lightglue(**FIXED), scene(60, 80)
     elsewhere = image1._replace(keypoints=image1.keypoints.flip(-1))
     expected, found = model(image0, image1), model(image0, elsewhere)
@@ -234,7 +236,7 @@ def test_half_precision_keeps_most_matches(lightglue: Callable[..., LightGlue], 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("config", [{}, {"attention_bias": False}, {"num_key_value_heads": 2}], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["", "queries are keys"])
-def test_a_fused_network_matches_as_before_with_fewer_products(
+def test_a_fused_network_gives_the_same_matches_with_fewer_linear_layers(
     lightglue: Callable[..., LightGlue], modes: Modes, config: dict[str, Any], shared: bool
 ) -> None:
     model = lightglue(**modes, **config)
@@ -257,7 +259,7 @@ def test_a_fused_network_matches_as_before_with_fewer_products(
 @pytest.mark.parametrize("pairs", [1, 2])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_both_images_as_one_batch_match_as_one_after_the_other(
+def test_processing_both_images_as_one_batch_gives_the_same_matches(
     lightglue: Callable[..., LightGlue], pairs: int, masked: bool, fused: bool
 ) -> None:
     model = lightglue(**FIXED)
@@ -278,7 +280,7 @@ def test_both_images_as_one_batch_match_as_one_after_the_other(
     assert torch.allclose(found.scores0, expected.scores0, rtol=0, atol=1e-4)
 
 
-def test_images_with_different_numbers_of_points_are_no_batch(lightglue: Callable[..., LightGlue]) -> None:
+def test_as_one_batch_also_accepts_different_numbers_of_points(lightglue: Callable[..., LightGlue]) -> None:
     model, inputs = lightglue(**FIXED), scene(100, 120)
     expected = model(*inputs)
     assert torch.equal(model.match_as_one_batch()(*inputs).scores0, expected.scores0)
@@ -351,7 +353,9 @@ def test_the_authors_file_gives_the_same_network(
         assert torch.equal(ours, theirs)
 
 
-def test_recording_ends_with_its_context_and_changes_nothing(lightglue: Callable[..., LightGlue]) -> None:
+def test_recording_states_ends_with_its_context_and_does_not_change_the_result(
+    lightglue: Callable[..., LightGlue],
+) -> None:
     model = lightglue(**ADAPTIVE)
     inputs = scene(60, 50)
     before = model(*inputs)
@@ -364,7 +368,7 @@ def test_recording_ends_with_its_context_and_changes_nothing(lightglue: Callable
     assert recorded.attentions[0].sum(dim=-1).allclose(torch.tensor(1.0))
 
 
-def test_a_network_without_attention_has_nothing_to_record() -> None:
+def test_recording_states_of_a_network_without_attention_is_refused() -> None:
     with pytest.raises(TypeError, match="NearestNeighbour"), trace(NearestNeighbour()):
         pass
 
@@ -372,7 +376,7 @@ def test_a_network_without_attention_has_nothing_to_record() -> None:
 @pytest.mark.parametrize("count", [1, 100, 1100])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("head_by_head", [False, True])
-def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool, head_by_head: bool) -> None:
+def test_self_attention_in_bfloat16_agrees_with_float32(count: int, masked: bool, head_by_head: bool) -> None:
     torch.manual_seed(0)
     attention = Attention(64, heads=4, key_value_heads=2, bias=True).requires_grad_(False)
     attention.head_by_head = head_by_head
@@ -391,7 +395,7 @@ def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool,
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("head_by_head", [False, True])
-def test_cross_attention_of_both_images_at_once_is_that_of_each(masked: bool, head_by_head: bool) -> None:
+def test_cross_attention_of_both_images_at_once_agrees_with_each_alone(masked: bool, head_by_head: bool) -> None:
     torch.manual_seed(0)
     attention = Attention(64, heads=4, key_value_heads=4, bias=True).requires_grad_(False)
     attention.head_by_head = head_by_head

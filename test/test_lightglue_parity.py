@@ -169,7 +169,7 @@ def assert_many_matches(result: Result) -> None:
 
 
 @pytest.mark.parametrize(("seed", "height", "width"), [(seed, *size) for seed, size in enumerate(SIZES)])
-def test_matches_as_transformers_does_without_stopping_and_pruning(
+def test_matches_agree_with_transformers_without_stopping_and_pruning(
     pair: Pair, texture: Any, record_difference: RecordDifference, height: int, width: int, seed: int
 ) -> None:
     theirs, *ours = pair(seed, FIXED)
@@ -182,7 +182,7 @@ def test_matches_as_transformers_does_without_stopping_and_pruning(
 
 
 @pytest.mark.parametrize(("seed", "height", "width"), [(seed, *size) for seed, size in enumerate(SIZES)])
-def test_matches_as_transformers_does_with_stopping_and_pruning(
+def test_matches_agree_with_transformers_with_stopping_and_pruning(
     pair: Pair, texture: Any, record_difference: RecordDifference, height: int, width: int, seed: int
 ) -> None:
     theirs, *ours = pair(seed, ADAPTIVE)
@@ -196,7 +196,7 @@ def test_matches_as_transformers_does_with_stopping_and_pruning(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_stops_without_pruning_as_transformers_does(
+def test_stopping_without_pruning_agrees_with_transformers(
     pair: Pair, texture: Any, record_difference: RecordDifference, seed: int
 ) -> None:
     theirs, detector, matcher = pair(seed, {"depth_confidence": 0.5, "width_confidence": 1.0})
@@ -208,7 +208,7 @@ def test_stops_without_pruning_as_transformers_does(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_prunes_without_stopping_as_transformers_does(
+def test_pruning_without_stopping_agrees_with_transformers(
     pair: Pair, texture: Any, record_difference: RecordDifference, seed: int
 ) -> None:
     theirs, detector, matcher = pair(seed, {"depth_confidence": 1.0, "width_confidence": 0.8})
@@ -244,7 +244,7 @@ def test_prunes_without_stopping_as_transformers_does(
     ],
     ids=str,
 )
-def test_follows_every_option_of_the_configuration_as_transformers_does(
+def test_every_configuration_option_has_the_same_effect_as_in_transformers(
     pair: Pair, texture: Any, record_difference: RecordDifference, config: dict[str, Any]
 ) -> None:
     images = two_views(texture, 80, 104, 6)
@@ -257,7 +257,7 @@ def test_follows_every_option_of_the_configuration_as_transformers_does(
         assert_equal(as_results(*run_ours(*ours, images))[0], expected, record_difference)
 
 
-def test_the_usual_size_matches_as_transformers_does(
+def test_a_network_of_the_usual_size_agrees_with_transformers(
     pair: Pair, texture: Any, record_difference: RecordDifference
 ) -> None:
     superpoint = {"descriptor_decoder_dim": 256, "max_keypoints": 100}
@@ -276,7 +276,7 @@ def three_pairs(texture: Any) -> Tensor:
     return torch.cat(views)
 
 
-def test_batches_of_pairs_match_as_in_transformers(
+def test_batches_of_pairs_agree_with_transformers(
     pair: Pair, three_pairs: Tensor, record_difference: RecordDifference
 ) -> None:
     theirs, *ours = pair(18, FIXED)
@@ -288,7 +288,7 @@ def test_batches_of_pairs_match_as_in_transformers(
 
 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
-def test_pairs_of_a_batch_match_as_each_alone(
+def test_each_pair_of_a_batch_gives_the_same_matches_as_alone(
     pair: Pair, three_pairs: Tensor, record_difference: RecordDifference, modes: Modes
 ) -> None:
     # transformers returns the pairs of a batch in the order in which they stopped.
@@ -303,7 +303,7 @@ def test_pairs_of_a_batch_match_as_each_alone(
         assert len(set(assignment.layers.tolist())) > 1
 
 
-def test_a_single_keypoint_matches_a_single_keypoint_as_in_transformers(
+def test_a_match_of_two_single_keypoints_agrees_with_transformers(
     pair: Pair, texture: Any, record_difference: RecordDifference
 ) -> None:
     for modes in (FIXED, ADAPTIVE):
@@ -333,7 +333,7 @@ def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("modes", [FIXED, DEFAULT], ids=["fixed", "adaptive"])
-def test_the_shipped_weights_match_as_in_transformers(
+def test_the_packaged_weights_agree_with_transformers(
     shipped: Networks, texture: Any, record_difference: RecordDifference, modes: Modes
 ) -> None:
     warp = np.array([[0.95, 0.06, 5.0], [-0.05, 0.97, 9.0], [1e-4, -5e-5, 1.0]])
@@ -343,7 +343,7 @@ def test_the_shipped_weights_match_as_in_transformers(
 
 
 @pytest.mark.parametrize("modes", [FIXED, DEFAULT], ids=["fixed", "adaptive"])
-def test_the_shipped_weights_match_recorded_images_as_in_transformers(
+def test_the_packaged_weights_agree_with_transformers_on_recorded_images(
     shipped: Networks, recorded_data: Path, record_difference: RecordDifference, modes: Modes
 ) -> None:
     names = ["scene0738_00_frame-000885.jpg", "scene0738_00_frame-001065.jpg"]
@@ -394,7 +394,7 @@ def in_kornia(model: LightGlue) -> Any:
     ],
     ids=str,
 )
-def test_matches_as_kornia_does(
+def test_matches_agree_with_kornia(
     lightglue: Callable[..., LightGlue],
     record_difference: RecordDifference,
     count0: int,
@@ -429,7 +429,7 @@ def test_matches_as_kornia_does(
             assert torch.equal(found[5 + i].float(), expected[f"prune{i}"].float())
 
 
-def test_hidden_states_and_attention_maps_are_those_of_transformers(
+def test_hidden_states_and_attention_maps_agree_with_transformers(
     pair: Pair, record_difference: RecordDifference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs, _, ours = pair(0, FIXED)

@@ -67,9 +67,7 @@ def recall(tracks: TrackSet, templates: Templates, view: View, camera: Camera | 
 
 
 @pytest.mark.parametrize("off", [0.0, 6.0])
-def test_lost_tracks_are_found_where_the_motion_puts_them_without_a_keypoint(
-    image: NDArray[np.uint8], off: float
-) -> None:
+def test_lost_tracks_are_found_at_predicted_positions_without_a_keypoint(image: NDArray[np.uint8], off: float) -> None:
     tracks, templates, view = lost_tracks(image, np.tile([off, -off / 2], (COUNT, 1)))
     found = recall(tracks, templates, view, CAMERA)
     assert len(found) > 0.95 * COUNT
@@ -79,22 +77,20 @@ def test_lost_tracks_are_found_where_the_motion_puts_them_without_a_keypoint(
 
 
 @pytest.mark.parametrize("off", [0.15, 0.4])
-def test_what_looks_alike_elsewhere_is_no_lost_track_though_all_move_alike(
-    image: NDArray[np.uint8], off: float
-) -> None:
+def test_similar_points_far_from_the_prediction_are_not_lost_tracks(image: NDArray[np.uint8], off: float) -> None:
     """Like the windows of a facade, all of which are consistent with a shift by one window."""
     far = off * np.hypot(SIZE, SIZE)
     tracks, templates, view = lost_tracks(image, np.tile([far, 0.0], (COUNT, 1)))
     assert len(recall(tracks, templates, view, CAMERA)) == 0
 
 
-def test_what_is_behind_the_camera_is_not_found_in_the_image(image: NDArray[np.uint8]) -> None:
+def test_landmarks_behind_the_camera_are_not_found_in_the_image(image: NDArray[np.uint8]) -> None:
     tracks, templates, view = lost_tracks(image, np.zeros((COUNT, 2)))
     tracks.landmarks[:, :3] *= -1
     assert len(recall(tracks, templates, view, CAMERA)) == 0
 
 
-def test_without_a_motion_too_few_neighbours_tell_nothing(image: NDArray[np.uint8]) -> None:
+def test_without_a_motion_too_few_tracks_are_not_found_again(image: NDArray[np.uint8]) -> None:
     tracks, templates, view = lost_tracks(image, np.zeros((COUNT, 2)))
     few = tracks.select(np.arange(5))
     lost = LostTracks()
@@ -103,13 +99,13 @@ def test_without_a_motion_too_few_neighbours_tell_nothing(image: NDArray[np.uint
     assert again is not None and len(again) == 0
 
 
-def test_the_motion_puts_no_track_where_those_that_are_found_contradict_it(image: NDArray[np.uint8]) -> None:
+def test_predictions_contradicted_by_found_tracks_are_not_used(image: NDArray[np.uint8]) -> None:
     tracks, templates, view = lost_tracks(image, np.random.default_rng(2).uniform(-20, 20, (COUNT, 2)))
     found = recall(tracks, templates, view, CAMERA)
     assert len(found) > 0.5 * DETECTED and (found.indices != NOT_DETECTED).all()
 
 
-def test_without_a_motion_lost_tracks_are_found_at_keypoints_alone(image: NDArray[np.uint8]) -> None:
+def test_without_a_motion_lost_tracks_are_found_only_at_keypoints(image: NDArray[np.uint8]) -> None:
     tracks, templates, view = lost_tracks(image, np.zeros((COUNT, 2)))
     found = recall(tracks, templates, view, None)
     assert len(found) == DETECTED and (found.indices != NOT_DETECTED).all()
@@ -120,7 +116,7 @@ def test_without_a_motion_lost_tracks_are_found_at_keypoints_alone(image: NDArra
     assert again is not None and len(again) == DETECTED
 
 
-def test_points_in_another_unit_than_the_motion_s_are_found_as_without_a_motion(image: NDArray[np.uint8]) -> None:
+def test_a_motion_of_another_scale_is_not_used_to_predict_lost_tracks(image: NDArray[np.uint8]) -> None:
     tracks, templates, view = lost_tracks(image, np.zeros((COUNT, 2)))
     lost = LostTracks()
     lost.remember(tracks, COUNT)
