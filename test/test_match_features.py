@@ -66,7 +66,7 @@ def test_features_match_as_their_images_would(front_end: FrontEnd, features: lis
     assert pair.pose.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS, PoseStatus.NO_TRANSLATION)
 
 
-def test_without_a_calibration_there_are_matches_and_the_pose_says_why_not(
+def test_without_a_calibration_there_are_matches_and_the_pose_has_the_status_no_calibration(
     front_end: FrontEnd, features: list[Features]
 ) -> None:
     for cameras in ((None, None), (CAMERA, None), (None, CAMERA)):
@@ -74,7 +74,9 @@ def test_without_a_calibration_there_are_matches_and_the_pose_says_why_not(
         assert len(pair.indices) > 100 and pair.pose.status is PoseStatus.NO_CALIBRATION
 
 
-def test_the_frames_do_not_notice(matcher: FeatureMatcher, images: list[Image], features: list[Features]) -> None:
+def test_matching_stored_features_has_no_effect_on_the_frames(
+    matcher: FeatureMatcher, images: list[Image], features: list[Features]
+) -> None:
     found = []
     for asked in (False, True):
         front_end = FrontEnd(PARAMETERS, matcher)
@@ -136,7 +138,7 @@ def test_features_that_cannot_be_used_are_refused_with_the_reason(
         front_end.match_features(*features)
 
 
-def test_features_that_were_kept_are_matched_after_max_keypoints_is_lowered(
+def test_stored_features_are_still_matched_after_max_keypoints_is_lowered(
     matcher: FeatureMatcher, features: list[Features]
 ) -> None:
     """A robot that lowers its load keeps its map."""
