@@ -114,8 +114,8 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Changing:
-    """Writes a damaged file of some kind, and returns the arguments of a command that reads it."""
+class FileDamager:
+    """Writes a damaged file of a given kind, and returns the arguments of a command that reads it."""
 
     def __init__(self, seeds: Path, work: Path) -> None:
         self.seeds, self.work = seeds, work
@@ -183,7 +183,7 @@ def test_no_damaged_file_ends_a_command_with_a_traceback(
         kind = KINDS[number % len(KINDS)]
         work = tmp_path / "work"
         work.mkdir()
-        words = Changing(seeds, work)(kind, random)
+        words = FileDamager(seeds, work)(kind, random)
         try:
             status, _, err = kpmatch(*words)
         except Exception as error:
