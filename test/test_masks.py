@@ -85,7 +85,7 @@ def test_masked_keypoints_are_left_out_and_the_others_stay(extractor: Any, pictu
     assert len(expected) > 50 and found >= set(expected)
 
 
-def test_masked_keypoints_make_room_for_others(extractor: Any, picture: Image) -> None:
+def test_other_keypoints_replace_masked_ones(extractor: Any, picture: Image) -> None:
     image, mask = torch.from_numpy(picture).float()[None, None] / 255, left_third()
     extractor.max_keypoints = 40
     found = extractor(image, torch.from_numpy(mask != 0)[None])

@@ -55,7 +55,9 @@ def features(matcher: FeatureMatcher, images: list[Image]) -> list[Features]:
 # The front end
 
 
-def test_features_match_as_their_images_would(front_end: FrontEnd, features: list[Features]) -> None:
+def test_stored_features_give_the_matches_of_the_matcher_and_a_pose(
+    front_end: FrontEnd, features: list[Features]
+) -> None:
     pair = front_end.match_features(features[0], features[1], (CAMERA, CAMERA), (5, 7), ("left", "left"))
     expected = front_end.matcher.match(*features).numpy()
     assert np.array_equal(pair.indices, expected.indices) and np.array_equal(pair.scores, expected.scores)
@@ -214,11 +216,11 @@ REQUEST_FAULTS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda r: setattr(r.camera_info, "width", 5), "features: the image is 160x120 pixels but its calibration"),
     (lambda r: r.camera_info.k.__setitem__(2, np.nan), "camera_info of features: "),
     (lambda r: r.reference_camera_info.k.__setitem__(0, 0), "camera_info of reference_features: .* not calibrated"),
-    (lambda r: glass(r.camera_info), "camera_info of features: .*glass"),
+    (lambda r: set_unknown_lens_model(r.camera_info), "camera_info of features: .*glass"),
 ]
 
 
-def glass(info: Any) -> None:
+def set_unknown_lens_model(info: Any) -> None:
     info.distortion_model, info.d = "glass", np.ones(5)
 
 

@@ -17,7 +17,7 @@ ALONE = ["unshare", "--user", "--map-root-user", "--net"]
 GET_FLAGS, SET_FLAGS, UP = 0x8913, 0x8914, 1  # SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP: linux/sockios.h, linux/if.h
 
 
-def test_a_node_goes_on_once_the_network_is_back(tmp_path: Path) -> None:
+def test_the_node_continues_once_the_network_is_back(tmp_path: Path) -> None:
     try:
         subprocess.run([*ALONE, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):

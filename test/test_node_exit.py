@@ -84,7 +84,7 @@ def test_arguments_before_ros_args_are_not_silently_ignored(words: list[str], st
     assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_node_that_may_not_write_a_log_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_cannot_write_logs_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # a place where not even root can create a folder
     done = run_until_exit(monkeypatch)
     assert done.returncode == 1 and "with these arguments" not in done.stderr

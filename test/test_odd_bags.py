@@ -229,7 +229,7 @@ def test_a_pipe_or_device_is_not_replaced_by_a_file(
     assert (tmp_path / "pipe").is_fifo() and not (tmp_path / "out").exists()
 
 
-def test_a_link_stays_a_link_and_its_file_is_written(frames: list[Any], tmp_path: Path, kpmatch: Run) -> None:
+def test_a_symbolic_link_stays_and_its_target_is_written(frames: list[Any], tmp_path: Path, kpmatch: Run) -> None:
     write_frames(frames, tmp_path / "in")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "poses.txt").symlink_to("elsewhere/poses.txt")

@@ -47,7 +47,7 @@ def test_forward_is_x_of_the_odometry_frame_and_left_is_y() -> None:
     np.testing.assert_allclose([first.position, second.position, third.position], [[1, 0, 0], [1, 1, 0], [1, 1, 1]])
 
 
-def test_the_covariance_is_that_of_the_chained_errors() -> None:
+def test_the_covariance_agrees_with_the_errors_of_chained_poses() -> None:
     random, trials, steps = np.random.default_rng(0), 1000, 6
     exact = start = OdometryPose(np.eye(3), np.zeros(3), np.zeros((6, 6)), 0)
     for _ in range(steps):
@@ -66,7 +66,7 @@ def test_the_covariance_is_that_of_the_chained_errors() -> None:
     assert low < np.mean(values) < high
 
 
-def test_the_uncertainty_grows_also_while_standing() -> None:
+def test_the_uncertainty_grows_even_while_the_camera_stands() -> None:
     odometry = Odometry()
     poses = [
         odometry.add(pair(i, i + 1, step(np.zeros(3), np.zeros(3), PoseStatus.NO_TRANSLATION), i == 1))
@@ -172,7 +172,7 @@ def test_new_tracks_do_not_break_the_chain_if_the_reference_frame_is_known() -> 
     assert chains == [0, 0] and odometry.breaks == 0
 
 
-def test_twists_of_a_creeping_camera_average_to_its_velocity() -> None:
+def test_twists_of_a_slowly_moving_camera_average_to_its_velocity() -> None:
     """Each twist may be zero within its covariance, but their average is not."""
     moved, odometry, twists = np.array([0, 0, 0.2e-3]), Odometry(), []
     scene = Scene(rotation=(0, 0, 0), translation=tuple(moved), noise=0.1)
@@ -227,7 +227,7 @@ def test_an_ambiguous_pose_is_a_pose_but_is_not_chained() -> None:
     assert odometry.add(pair(1, 2, step(status=PoseStatus.AMBIGUOUS), reset=True)) is None
 
 
-def test_the_twist_is_the_motion_since_the_frame_before_also_with_a_keyframe() -> None:
+def test_the_twist_is_the_motion_since_the_previous_frame_even_with_a_keyframe() -> None:
     """0.5 m forward and 0.3 rad about y per frame, at ten frames per second, in the camera's own frame."""
 
     def at(reference: int, current: int, count: int) -> Any:
@@ -289,7 +289,7 @@ def at(number: int, seconds: float, reference: tuple[int, float], pose: Relative
     return found
 
 
-def test_the_velocity_is_that_since_the_last_pose_not_since_an_old_keyframe() -> None:
+def test_the_velocity_covers_the_time_since_the_last_pose_not_since_an_old_keyframe() -> None:
     odometry, keyframe = Odometry(), (1, 0.0)
     stands = step(np.zeros(3), np.zeros(3), PoseStatus.NO_TRANSLATION)
     odometry.add(at(2, 4.0, keyframe, stands, reset=True))

@@ -51,7 +51,7 @@ def test_lost_images_leave_their_partners_unpaired_and_counted() -> None:
     assert synchroniser.unpaired == [1, 1]
 
 
-def test_a_silent_side_is_noticed_and_memory_stays_bounded() -> None:
+def test_a_silent_camera_is_detected_and_the_number_of_waiting_images_is_limited() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5, 10**9)
     feed(synchroniser, (LEFT, 0), (RIGHT, 0), *((LEFT, 50 * i) for i in range(1, 101)))
     assert synchroniser.since == [0, 100]
@@ -120,7 +120,7 @@ def test_a_camera_is_not_silent_because_this_process_was_delayed() -> None:
     assert synchroniser.silent(RIGHT) and synchroniser.newest(LEFT) == "" and synchroniser.newest(RIGHT) is None
 
 
-def test_a_delayed_side_catches_up() -> None:
+def test_images_of_a_delayed_camera_are_still_paired() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = feed(synchroniser, *((LEFT, 50 * i) for i in range(8)), *((RIGHT, 50 * i) for i in range(8)))
     assert len(found) == 8 and synchroniser.unpaired == [0, 0]
@@ -135,7 +135,7 @@ def test_after_a_jump_back_in_time_only_images_without_a_partner_are_lost() -> N
     assert synchroniser.unpaired == [1, 0]
 
 
-def test_one_side_running_backwards_gives_no_pairs() -> None:
+def test_a_camera_whose_stamps_run_backwards_gives_no_pairs() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5, 10**9)
     events = [event for i in range(30) for event in ((LEFT, 1025 + 50 * i), (RIGHT, 1000 - 50 * i))]
     assert feed(synchroniser, *events) == []

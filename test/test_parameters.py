@@ -100,7 +100,7 @@ def test_integers_are_accepted_for_floats() -> None:
     assert type(Parameters(max_gap=2).max_gap) is float
 
 
-def test_float16_on_the_processor_is_refused() -> None:
+def test_float16_on_the_cpu_is_refused() -> None:
     with pytest.raises(ParameterError, match=r"precision float16 .* float32, bfloat16 or auto"):
         Parameters(device="cpu", precision="float16")
     with pytest.raises(ParameterError, match="precision float16"):

@@ -154,7 +154,7 @@ def test_a_parameter_changed_at_any_moment_during_a_frame_applies_to_the_next_on
     assert step > 50, "the frame was not followed instruction by instruction"
 
 
-def test_odometry_of_one_camera_is_refused() -> None:
+def test_odometry_is_refused_for_a_single_camera() -> None:
     with pytest.raises(ParameterError, match="publish_odometry needs mode stereo"):
         make("/image", publish_odometry=True)
 
