@@ -29,7 +29,7 @@ MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003}  # in
 EVERY_LAYER: dict[str, Any] = {"depth_confidence": -1.0, "width_confidence": -1.0}
 
 
-def in_both(**parameters: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
+def in_both_precisions(**parameters: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
     """Return a matcher in float32 and one in bfloat16."""
     both = [FeatureMatcher(device="cpu", precision=name, **MANY, **parameters) for name in ("float32", "bfloat16")]
     return both[0], both[1]
@@ -38,13 +38,13 @@ def in_both(**parameters: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
 @pytest.fixture(scope="module")
 def matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
     """Matchers in float32 and in bfloat16, with all layers and points. Early stopping has its own tests."""
-    return in_both(nms_radius=2, **EVERY_LAYER)  # more keypoints than with the published radius
+    return in_both_precisions(nms_radius=2, **EVERY_LAYER)  # more keypoints than with the published radius
 
 
 @pytest.fixture(scope="module")
 def adaptive_matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
     """Matchers in float32 and in bfloat16, with the default confidences."""
-    return in_both()
+    return in_both_precisions()
 
 
 @pytest.fixture(scope="module")

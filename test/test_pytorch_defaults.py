@@ -27,7 +27,7 @@ SETS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
+def restored_defaults() -> Iterator[None]:
     yield
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)

@@ -22,7 +22,7 @@ from kpmatch_ros.parameters import Parameters
 
 
 @dataclass(frozen=True)
-class Look(Ride):
+class LookingAround(Ride):
     """A moving camera that starts to look around, by this angle in radians, at some time."""
 
     around: float = 0.3
@@ -45,7 +45,7 @@ def search(
         SimpleNamespace(stamp=round(1e9 * interval * number), camera=Ride().camera) for number in range(pairs + 1)
     ]
     for number in range(pairs):
-        points0, points1 = Look(around=around, start=number).matches(readout / interval, number, count=150)
+        points0, points1 = LookingAround(around=around, start=number).matches(readout / interval, number, count=150)
         pair = SimpleNamespace(
             reference=frames[number],
             current=frames[number + 1],

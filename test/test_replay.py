@@ -127,7 +127,7 @@ def test_poses_of_a_camera_walk_agree_with_the_truth(tmp_path: Path, demo_bag: P
     assert np.median(direction_errors) < 0.5, direction_errors
 
 
-def test_onnxruntime_replays_the_matches_of_pytorch(tmp_path: Path, demo_bag: Path) -> None:
+def test_onnxruntime_gives_the_matches_of_pytorch_in_a_replay(tmp_path: Path, demo_bag: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     runs = []
