@@ -19,7 +19,7 @@ from kpmatch_ros.ros.manager_bond import ManagerBond
 from node_harness import SMALL, NodeUnderTest, running_node
 
 # It has the interface of bondpy's Bond, but not its messages, which are in the package bond.
-STAND_IN = """
+FAKE_BONDPY = """
 from std_msgs.msg import String
 
 class Bond:
@@ -55,16 +55,16 @@ def change(node: NodeUnderTest, transition: str) -> None:
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_bondpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the node find the substitute for bondpy."""
     package = tmp_path / "modules" / "bondpy"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "bondpy.py").write_text(STAND_IN)
+    (package / "bondpy.py").write_text(FAKE_BONDPY)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("fake_bondpy")
 def test_a_managed_node_has_a_bond_under_its_name_while_it_is_active(tmp_path: Path) -> None:
     with running_node(tmp_path, autostart=False, bond_heartbeat_period=0.05, matcher="nearest", **SMALL) as node:
         heard: list[str] = []
@@ -87,8 +87,8 @@ def test_a_managed_node_has_a_bond_under_its_name_while_it_is_active(tmp_path: P
         assert node.stop() == 0, node.log
 
 
-@pytest.mark.usefixtures("stand_in")
-def test_a_node_that_starts_itself_has_none(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("fake_bondpy")
+def test_a_node_with_autostart_has_no_bond(tmp_path: Path) -> None:
     with running_node(tmp_path, matcher="nearest", **SMALL) as node:
         node.wait_until_connected()
         assert not node.node.count_publishers("bond")
@@ -133,17 +133,17 @@ def test_a_manager_with_bondpy_forms_a_bond_and_notices_a_kill(tmp_path: Path) -
         node.wait_for(node.is_there, "the node")
         change(node, "configure")
         change(node, "activate")
-        told: list[str] = []
-        bond = Bond(node.node, "bond", "matcher", lambda: told.append("broken"), lambda: told.append("formed"))
+        events: list[str] = []
+        bond = Bond(node.node, "bond", "matcher", lambda: events.append("broken"), lambda: events.append("formed"))
         bond.set_heartbeat_timeout(4.0)
         bond.start()
-        node.wait_for(lambda: told == ["formed"], "the bond", 10)
+        node.wait_for(lambda: events == ["formed"], "the bond", 10)
         node.spin(5.0)
-        assert told == ["formed"]
+        assert events == ["formed"]
         node.process.send_signal(signal.SIGKILL)
         node.process.wait()
         end = time.monotonic() + 8.0
-        while told == ["formed"] and time.monotonic() < end:
+        while events == ["formed"] and time.monotonic() < end:
             node.spin(0.1)
-        assert told == ["formed", "broken"]
+        assert events == ["formed", "broken"]
         bond.shutdown()

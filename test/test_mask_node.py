@@ -20,7 +20,7 @@ from test_node import FAST, HEIGHT, WIDTH, FeatureArray, image, textured
 from node_harness import running_node
 
 
-def test_masks_from_a_topic_and_a_file_hold_and_what_is_missing_is_counted(tmp_path: Path) -> None:
+def test_masks_from_a_topic_and_a_file_both_apply_and_missing_masks_are_counted(tmp_path: Path) -> None:
     body = left_third(HEIGHT, WIDTH)[::-1, ::-1]
     assert cv2.imwrite(str(tmp_path / "body.png"), body)
     with running_node(tmp_path, calibrated=False, mask=tmp_path / "body.png", **FAST) as node:
@@ -63,13 +63,13 @@ def test_masks_from_a_topic_and_a_file_hold_and_what_is_missing_is_counted(tmp_p
 
 
 @pytest.mark.parametrize("queue", ["latest", "all"])
-def test_a_mask_file_that_is_not_there_is_refused_when_the_node_configures(tmp_path: Path, queue: str) -> None:
+def test_a_missing_mask_file_is_refused_when_the_node_configures(tmp_path: Path, queue: str) -> None:
     with running_node(tmp_path, mask="/none/body.png", queue=queue, **FAST) as node:
         assert node.process.wait(60) == 1
         assert "mask is '/none/body.png', which cannot be read: No such file or directory" in node.log
 
 
-def test_masks_that_stay_away_hold_up_no_frame_for_longer_than_sync_tolerance(tmp_path: Path) -> None:
+def test_frames_whose_masks_never_arrive_are_processed_and_counted(tmp_path: Path) -> None:
     # With best effort, a frame may be lost.
     reliable = {"qos_overrides./image.subscription.reliability": "reliable"}
     with running_node(tmp_path, calibrated=False, queue="latest", sync_tolerance=0.05, **FAST, **reliable) as node:

@@ -41,24 +41,24 @@ def sync(tolerance: int = 10 * MS, cameras: int = 1, *masks: int) -> MaskSynchro
 # The assignment of masks to images
 
 
-def test_the_mask_of_equal_stamp_is_taken_and_else_the_nearest_within_the_tolerance() -> None:
+def test_an_image_gets_the_mask_with_its_stamp_or_the_nearest_within_the_tolerance() -> None:
     masks = sync(10 * MS, 1, 1000, 1093, 1205)
     assert [masks.take(0, stamp * MS) for stamp in (1000, 1100, 1200, 1300)] == ["1000", "1093", "1205", None]
     assert masks.offset == [95 * MS]
 
 
-def test_a_long_tolerance_does_not_give_an_image_the_mask_of_another() -> None:
+def test_a_long_tolerance_does_not_give_an_image_the_mask_of_another_image() -> None:
     masks = sync(1000 * MS, 1, 0, 100, 300, 400)
     assert [masks.take(0, stamp * MS) for stamp in range(0, 500, 100)] == ["0", "100", None, "300", "400"]
 
 
-def test_a_slow_stream_of_masks_serves_the_images_of_its_stamps() -> None:
+def test_masks_at_a_lower_rate_go_only_to_the_images_with_their_stamps() -> None:
     masks = sync(1000 * MS, 1, 0, 100, 200)
     found = [masks.take(0, stamp * MS) for stamp in range(0, 225, 25)]
     assert found == ["0", None, None, None, "100", None, None, None, "200"]
 
 
-def test_images_of_one_stamp_have_the_newest_mask_of_it() -> None:
+def test_images_with_the_same_stamp_get_the_newest_mask_with_that_stamp() -> None:
     masks = sync()
     masks.put(0, 0, "first")
     assert masks.take(0, 0) == "first"
@@ -66,7 +66,7 @@ def test_images_of_one_stamp_have_the_newest_mask_of_it() -> None:
     assert masks.take(0, 0) == masks.take(0, 0) == "second"
 
 
-def test_when_time_goes_back_the_masks_of_before_are_forgotten() -> None:
+def test_masks_from_before_a_jump_back_in_time_are_forgotten() -> None:
     masks = sync(10 * MS, 1, 5000, 5100)
     assert masks.take(0, 5100 * MS) == "5100"
     masks.put(0, 1000 * MS, "again")
@@ -74,13 +74,13 @@ def test_when_time_goes_back_the_masks_of_before_are_forgotten() -> None:
     assert not masks.complete([1100 * MS])  # its mask may still arrive
 
 
-def test_masks_of_a_time_that_goes_back_may_come_before_the_last_images_of_the_time_before() -> None:
+def test_masks_from_after_a_jump_back_may_arrive_before_the_last_images_from_before_it() -> None:
     masks = sync(10 * MS, 1, 5000, 5100, 1000, 1100)
     order = (5000, 5050, 5100, 5200, 1000, 1100)
     assert [masks.take(0, stamp * MS) for stamp in order] == ["5000", None, "5100", None, "1000", "1100"]
 
 
-def test_after_time_went_back_an_image_waits_for_its_mask_whatever_masks_are_left_of_the_time_before() -> None:
+def test_after_a_jump_back_an_image_waits_for_its_mask_even_if_older_masks_are_left() -> None:
     masks = sync(10 * MS, 1, 5000, 5100)
     assert masks.take(0, 5000 * MS) == "5000"
     assert not masks.complete([1000 * MS])
@@ -89,7 +89,7 @@ def test_after_time_went_back_an_image_waits_for_its_mask_whatever_masks_are_lef
 
 
 @pytest.mark.parametrize("far", [0, 2_000_000_000_000])
-def test_one_mask_whose_stamp_is_far_off_takes_no_image_its_own(far: int) -> None:
+def test_one_mask_with_a_wrong_stamp_does_not_cost_other_images_their_masks(far: int) -> None:
     masks = sync(10 * MS, 1, 1000)
     assert masks.take(0, 1000 * MS) == "1000"
     masks.put(0, far * MS, "far")
@@ -101,30 +101,30 @@ def test_one_mask_whose_stamp_is_far_off_takes_no_image_its_own(far: int) -> Non
 
 @pytest.mark.parametrize("far", [0, 2_000_000_000_000])
 @pytest.mark.parametrize("place", [0, 2])
-def test_one_image_whose_stamp_is_far_off_costs_no_other_image_its_mask(far: int, place: int) -> None:
+def test_one_image_with_a_wrong_stamp_does_not_cost_other_images_their_masks(far: int, place: int) -> None:
     stamps = list(range(1000, 1500, 100))
     masks = sync(10 * MS, 1, *stamps)  # they arrive before their images
     images = [*stamps[:place], far, *stamps[place:]]
     assert [masks.take(0, stamp * MS) for stamp in images] == [None if each == far else str(each) for each in images]
 
 
-def test_an_image_does_not_take_the_mask_of_the_first_one_for_its_own() -> None:
+def test_the_second_image_waits_for_its_own_mask_instead_of_using_that_of_the_first() -> None:
     masks = sync(100 * MS, 1, 0)
     assert masks.take(0, 0) == "0"
     assert not masks.complete([33 * MS])  # although the period of the masks is not known yet
 
 
-def test_the_shortest_of_some_steps_is_a_streams_period_where_masks_or_images_are_lost() -> None:
+def test_the_period_is_the_shortest_interval_if_masks_or_images_are_lost() -> None:
     masks = sync(1000 * MS, 1, 0, 100, 200, 500)
-    assert masks.take(0, 430 * MS) is None, "two masks of one another's images are 100 ms apart, not 300"
+    assert masks.take(0, 430 * MS) is None, "the period of the masks is 100 ms, not 300"
     masks = sync(1000 * MS)
     for stamp in (0, 100, 400):
         assert masks.take(0, stamp * MS) is None
     masks.put(0, 120 * MS, "of another image")
-    assert masks.take(0, 50 * MS) is None, "and so are two images, now that time went back"
+    assert masks.take(0, 50 * MS) is None, "the period of the images is 100 ms too, although time went back"
 
 
-def test_the_shortest_of_nine_steps_is_a_streams_period() -> None:
+def test_the_period_is_the_shortest_of_nine_intervals() -> None:
     lossy = sync(1000 * MS, 1, 0, 100, 400, 700, 1000)  # at 10 Hz, with two of three lost
     assert [lossy.take(0, stamp * MS) for stamp in (0, 100, 400, 700, 1000)] == ["0", "100", "400", "700", "1000"]
     lossy.put(0, 1400 * MS, "1400")
@@ -138,12 +138,12 @@ def test_the_shortest_of_nine_steps_is_a_streams_period() -> None:
     assert slowing.take(0, 2260 * MS) == "2320"
 
 
-def test_an_image_of_a_time_that_went_back_costs_the_next_ones_no_mask() -> None:
+def test_an_image_after_a_jump_back_does_not_cost_the_next_images_their_masks() -> None:
     masks = sync(10 * MS, 1, 1000, 1100)
     assert [masks.take(0, stamp * MS) for stamp in (5000, 950, 1000, 1100)] == [None, None, "1000", "1100"]
 
 
-def test_masks_whose_images_have_gone_by_make_room() -> None:
+def test_unused_masks_are_removed_once_images_have_passed_their_stamps() -> None:
     masks: MaskSynchroniser[int] = MaskSynchroniser(1, 10 * MS, 5, 10**9)
     for stamp in range(0, 2000 * MS, 100 * MS):
         assert masks.put(0, stamp + 40 * MS, stamp) == 0 and masks.take(0, stamp) is None
@@ -152,7 +152,7 @@ def test_masks_whose_images_have_gone_by_make_room() -> None:
     assert masks.take(0, 2000 * MS) == 2000 and masks.offset == [None]
 
 
-def test_masks_whose_images_have_gone_by_make_room_after_time_went_back_too() -> None:
+def test_unused_masks_are_removed_after_a_jump_back_in_time_too() -> None:
     masks: MaskSynchroniser[int] = MaskSynchroniser(1, 10 * MS, 5, 10**9)
     masks.put(0, 90_000 * MS, 90_000)
     assert masks.take(0, 90_000 * MS) == 90_000
@@ -160,14 +160,14 @@ def test_masks_whose_images_have_gone_by_make_room_after_time_went_back_too() ->
         assert masks.put(0, stamp + 40 * MS, stamp) == 0 and masks.take(0, stamp) is None
 
 
-def test_an_image_that_is_sent_twice_costs_those_of_a_time_that_goes_back_no_mask() -> None:
+def test_an_image_sent_twice_does_not_cost_images_after_a_jump_back_their_masks() -> None:
     masks = sync(10 * MS, 1, 5000)
     assert masks.take(0, 5000 * MS) == "5000"
     masks.put(0, 1000 * MS, "1000")
     assert [masks.take(0, stamp * MS) for stamp in (5100, 5100, 5200, 1000)] == [None, None, None, "1000"]
 
 
-def test_a_mask_is_late_where_its_image_has_gone_on_until_one_comes_in_time() -> None:
+def test_masks_are_late_if_their_image_was_already_taken_until_one_arrives_in_time() -> None:
     masks = sync(1000 * MS)
     assert masks.take(0, 0) is masks.take(0, 100 * MS) is None
     masks.put(0, 200 * MS, "of the next one")
@@ -179,7 +179,7 @@ def test_a_mask_is_late_where_its_image_has_gone_on_until_one_comes_in_time() ->
     assert masks.came_late == [False]
 
 
-def test_a_mask_that_would_just_have_been_near_enough_is_late() -> None:
+def test_a_mask_at_the_limit_of_the_tolerance_counts_as_late() -> None:
     masks = sync(10 * MS)
     assert masks.take(0, 1000 * MS) is None
     masks.put(0, 1011 * MS, "too far")
@@ -188,13 +188,13 @@ def test_a_mask_that_would_just_have_been_near_enough_is_late() -> None:
     assert masks.came_late == [True]
 
 
-def test_only_so_many_masks_wait() -> None:
+def test_the_number_of_waiting_masks_is_limited() -> None:
     masks: MaskSynchroniser[int] = MaskSynchroniser(1, MS, 3, 10**9)
     assert [masks.put(0, stamp * 100 * MS, stamp) for stamp in range(5)] == [0, 0, 0, 1, 1]
     assert [masks.take(0, stamp * 100 * MS) for stamp in range(5)] == [None, None, 2, 3, 4]
 
 
-def test_waiting_masks_have_only_so_many_bytes() -> None:
+def test_the_memory_of_waiting_masks_is_limited() -> None:
     masks: MaskSynchroniser[int] = MaskSynchroniser(2, MS, 30, 100)
     sizes = (40, 40, 20, 70, 500, 10)
     let_go = [masks.put(0, number * 100 * MS, number, size) for number, size in enumerate(sizes)]
@@ -203,7 +203,7 @@ def test_waiting_masks_have_only_so_many_bytes() -> None:
     assert [masks.take(0, number * 100 * MS) for number in range(len(sizes))] == [None] * 5 + [5]
 
 
-def test_masks_that_were_taken_make_room() -> None:
+def test_masks_that_were_used_do_not_count_towards_the_memory_limit() -> None:
     masks: MaskSynchroniser[int] = MaskSynchroniser(1, MS, 30, 100)
     for stamp in range(0, 2000 * MS, 100 * MS):
         assert masks.put(0, stamp, stamp, 50) == 0 and masks.take(0, stamp) == stamp
@@ -212,7 +212,7 @@ def test_masks_that_were_taken_make_room() -> None:
 # Waiting
 
 
-def test_an_image_waits_while_its_mask_may_come() -> None:
+def test_an_image_waits_while_its_mask_may_still_arrive() -> None:
     masks = sync(10 * MS, 2)
     assert not masks.complete([100 * MS, 101 * MS])
     masks.put(0, 100 * MS, "left")
@@ -227,14 +227,14 @@ def test_an_image_waits_while_its_mask_may_come() -> None:
     assert masks.complete([400 * MS, 401 * MS])
 
 
-def test_an_image_waits_for_its_mask_though_the_first_one_has_a_stamp_that_is_far_off() -> None:
+def test_an_image_waits_for_its_mask_even_if_the_first_mask_has_a_wrong_stamp() -> None:
     masks = sync(10 * MS, 1, 20_000)
     assert not masks.complete([1000 * MS])
     masks.put(0, 1000 * MS, "1000")
     assert masks.complete([1000 * MS]) and masks.take(0, 1000 * MS) == "1000"
 
 
-def test_an_image_does_not_wait_where_masks_are_past_it() -> None:
+def test_an_image_does_not_wait_if_later_masks_have_arrived() -> None:
     masks = sync(10 * MS, 1, 2000)
     assert masks.take(0, 1000 * MS) is None
     assert masks.complete([1000 * MS]), "another image of the same stamp"
@@ -251,7 +251,7 @@ def test_an_image_does_not_wait_where_masks_are_past_it() -> None:
     assert masks.complete([1050 * MS])
 
 
-def test_waiting_ends_when_the_mask_comes_and_when_the_time_is_over() -> None:
+def test_waiting_ends_when_the_mask_arrives_or_the_time_is_over() -> None:
     masks = sync()
     begun = time.monotonic()
     masks.wait([MS], -1.0)
@@ -302,7 +302,7 @@ def test_each_image_is_registered_with_its_mask() -> None:
     assert "without a mask: none came within sync_tolerance (0.01 s)" in explanation and "by 0.100000 s" in explanation
 
 
-def test_a_mask_that_comes_too_late_is_named() -> None:
+def test_a_mask_that_arrives_too_late_is_reported() -> None:
     pipeline, heard = make("image")
     pipeline.masks.expected = [0]
     for number in range(2):
@@ -312,7 +312,7 @@ def test_a_mask_that_comes_too_late_is_named() -> None:
 
 
 @pytest.mark.parametrize(("queue", "named"), [("latest", 0), ("all", 5)])
-def test_masks_that_are_let_go_are_named_where_every_frame_is_processed(
+def test_discarded_masks_are_reported_only_if_every_frame_is_processed(
     queue: str, named: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline_module, "WAITING_MEMORY", 100_000)
@@ -323,7 +323,7 @@ def test_masks_that_are_let_go_are_named_where_every_frame_is_processed(
     assert not named or "more than 0.0001 GB of masks for image are waiting" in heard.reports[0][2]
 
 
-def test_masks_that_meet_no_image_have_only_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_masks_without_an_image_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_module, "WAITING_MEMORY", 22_000)
     pipeline, heard = make("left", "right", queue="all")
     for side in (0, 1):  # each camera has half of the memory
@@ -332,7 +332,7 @@ def test_masks_that_meet_no_image_have_only_so_many_bytes(monkeypatch: pytest.Mo
     assert [report[:2] for report in heard.reports] == [("masks let go", "left")] * 2 + [("masks let go", "right")] * 2
 
 
-def test_where_nobody_sends_masks_none_is_missed() -> None:
+def test_without_a_mask_publisher_no_missing_mask_is_reported() -> None:
     pipeline, heard = make("image")
     assert processed(pipeline, FIRST).mask is None and heard.reports == []
 
@@ -345,7 +345,7 @@ def test_where_nobody_sends_masks_none_is_missed() -> None:
         ({"data": np.zeros(5, np.uint8)}, "holds 5 bytes of data"),
     ],
 )
-def test_a_mask_that_is_none_leaves_the_image_without_and_is_named(fields: dict[str, Any], said: str) -> None:
+def test_an_invalid_mask_is_reported_and_the_image_is_processed_without_one(fields: dict[str, Any], said: str) -> None:
     pipeline, heard = make("image")
     pipeline.add_mask(0, mask_message(FIRST, **fields))
     assert processed(pipeline, FIRST).mask is None
@@ -353,7 +353,7 @@ def test_a_mask_that_is_none_leaves_the_image_without_and_is_named(fields: dict[
     assert (fault, topic) == ("unusable mask", "image") and said in explanation
 
 
-def test_a_mask_that_hides_everything_is_named() -> None:
+def test_a_mask_that_hides_everything_is_reported() -> None:
     pipeline, heard = make("image")
     pipeline.add_mask(0, mask_message(FIRST, np.zeros((2, 2), np.uint8)))
     processed(pipeline, FIRST)
@@ -419,7 +419,7 @@ def written(path: Path) -> list[tuple[str, int, Any]]:
     return found
 
 
-def test_a_bags_masks_hide_their_part_whenever_they_were_recorded(run: Run, views: Images, tmp_path: Path) -> None:
+def test_masks_recorded_before_or_after_their_images_apply(run: Run, views: Images, tmp_path: Path) -> None:
     for late in (-50 * MS, 250 * MS):
         source = write(tmp_path / f"in{late}", views, late)
         status, _, err = run(source, tmp_path / f"out{late}", *QUICK, "--features")
@@ -433,13 +433,13 @@ def test_a_bags_masks_hide_their_part_whenever_they_were_recorded(run: Run, view
     assert written(tmp_path / f"out{-50 * MS}") == written(tmp_path / f"out{250 * MS}")
 
 
-def test_a_bags_masks_may_be_recorded_long_before_their_images(run: Run, views: Images, tmp_path: Path) -> None:
+def test_masks_in_a_bag_may_be_recorded_long_before_their_images(run: Run, views: Images, tmp_path: Path) -> None:
     source = write(tmp_path / "in", views * 8, -10_000 * MS)  # all masks come before the first image
     status, printed, err = run(source, tmp_path / "out", *QUICK, "--json")
     assert (status, err, json.loads(printed)["masks"]) == (0, "", {})
 
 
-def test_images_of_a_bag_without_their_mask_are_counted(run: Run, views: Images, tmp_path: Path) -> None:
+def test_images_in_a_bag_without_a_mask_are_counted(run: Run, views: Images, tmp_path: Path) -> None:
     source = write(tmp_path / "in", views, 20 * MS, lambda i: i not in (2, 4), name="body")
     for out in ("first", "again"):
         status, printed, err = run(
@@ -456,7 +456,7 @@ def test_images_of_a_bag_without_their_mask_are_counted(run: Run, views: Images,
     assert written(tmp_path / "first") == written(tmp_path / "again")
 
 
-def test_a_mask_may_be_a_file(run: Run, views: Images, tmp_path: Path) -> None:
+def test_a_mask_file_applies_together_with_the_masks_in_a_bag(run: Run, views: Images, tmp_path: Path) -> None:
     import cv2
 
     mask = left_third(HEIGHT, WIDTH)[::-1, ::-1]
@@ -471,7 +471,7 @@ def test_a_mask_may_be_a_file(run: Run, views: Images, tmp_path: Path) -> None:
         assert len(points) > 10 and under(np.minimum(mask, left_third(HEIGHT, WIDTH)), points) == 0
 
 
-def test_masks_that_are_not_there_are_refused(run: Run, views: Images, tmp_path: Path) -> None:
+def test_mask_files_and_topics_that_do_not_exist_are_refused(run: Run, views: Images, tmp_path: Path) -> None:
     source = write(tmp_path / "in", views, 0)
     for words, said in (
         (["--mask", tmp_path / "none.png"], "mask is '"),
@@ -483,7 +483,7 @@ def test_masks_that_are_not_there_are_refused(run: Run, views: Images, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_topic_named_mask_beside_images_is_no_camera(run: Run, tmp_path: Path) -> None:
+def test_a_mask_topic_beside_an_image_topic_is_not_taken_for_a_camera(run: Run, tmp_path: Path) -> None:
     from kpmatch_ros.bags.cameras import choose_camera, choose_stereo_cameras
 
     with BagWriter(tmp_path / "bag") as writer:

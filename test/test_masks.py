@@ -85,7 +85,7 @@ def test_masked_keypoints_are_left_out_and_the_others_stay(extractor: Any, pictu
     assert len(expected) > 50 and found >= set(expected)
 
 
-def test_masked_keypoints_make_room_for_others(extractor: Any, picture: Image) -> None:
+def test_other_keypoints_replace_masked_ones(extractor: Any, picture: Image) -> None:
     image, mask = torch.from_numpy(picture).float()[None, None] / 255, left_third()
     extractor.max_keypoints = 40
     found = extractor(image, torch.from_numpy(mask != 0)[None])
@@ -93,7 +93,7 @@ def test_masked_keypoints_make_room_for_others(extractor: Any, picture: Image) -
     assert under(mask, found.keypoints[0]) == 0
 
 
-def test_recordings_follow_every_mask(extractor: Any, picture: Image) -> None:
+def test_recorded_cuda_graphs_apply_the_mask_of_each_call(extractor: Any, picture: Image) -> None:
     graphs, extractor.max_keypoints = CudaGraphs(Imitation()), 40
     image, third = torch.from_numpy(picture).float()[None, None] / 255, torch.from_numpy(left_third() != 0)[None]
     for inputs in ((image,), (image, third), (image, ~third), (image,), (image, third)):
@@ -121,7 +121,7 @@ def test_a_mask_is_scaled_to_the_nearest_pixel() -> None:
     assert np.array_equal(fit(np.kron(mask, np.ones((3, 3), np.uint8)), 2, 2), mask != 0)
 
 
-def test_of_two_images_that_are_described_together_each_has_its_mask(matcher: FeatureMatcher, picture: Image) -> None:
+def test_two_images_extracted_as_a_batch_each_use_their_own_mask(matcher: FeatureMatcher, picture: Image) -> None:
     mask, other = left_third(), np.ascontiguousarray(picture[:, ::-1])
     first, second = matcher.extract_batch([picture, other], [None, mask])
     for found, alone in ((first, matcher.extract(picture)), (second, matcher.extract(other, mask != 0))):
@@ -142,7 +142,7 @@ def test_a_mask_that_hides_everything_leaves_no_keypoint(picture: Image) -> None
 @pytest.mark.parametrize(
     "mask", [np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.float32), np.zeros((0, 2), np.uint8)], ids=str
 )
-def test_what_is_no_mask_is_refused(matcher: FeatureMatcher, picture: Image, mask: Array) -> None:
+def test_a_mask_with_a_wrong_shape_or_dtype_is_refused(matcher: FeatureMatcher, picture: Image, mask: Array) -> None:
     with pytest.raises(ValueError, match=r"the mask is .* must be uint8 or bool and \(H, W\)"):
         matcher.extract(picture, mask)
     with pytest.raises(ValueError, match="2 images and 1 masks"):
@@ -158,7 +158,9 @@ def write(path: Path, pixels: Array) -> str:
 
 
 @pytest.mark.parametrize("kind", ["grey", "colour", "16 bits", "jpeg"])
-def test_image_files_of_any_kind_mask(matcher: FeatureMatcher, picture: Image, tmp_path: Path, kind: str) -> None:
+def test_image_files_of_any_kind_work_as_masks(
+    matcher: FeatureMatcher, picture: Image, tmp_path: Path, kind: str
+) -> None:
     mask = left_third()
     pixels: Array = {
         "grey": mask // 255,
@@ -172,7 +174,7 @@ def test_image_files_of_any_kind_mask(matcher: FeatureMatcher, picture: Image, t
     assert len(frame.keypoints) > 10 and under(frame.mask, frame.keypoints) == 0
 
 
-def test_both_cameras_have_a_mask_and_one_given_with_the_images_holds_too(
+def test_each_camera_has_a_mask_file_and_a_mask_given_with_the_image_applies_too(
     matcher: FeatureMatcher, picture: Image, tmp_path: Path
 ) -> None:
     left, right = left_third(), left_third()[::-1, ::-1]
@@ -188,7 +190,7 @@ def test_both_cameras_have_a_mask_and_one_given_with_the_images_holds_too(
             assert frame.mask is not None and np.array_equal(frame.mask, mask != 0)
 
 
-def test_no_right_point_is_refined_into_the_mask_or_out_of_the_image(matcher: FeatureMatcher, picture: Image) -> None:
+def test_no_point_of_the_right_image_is_refined_into_its_mask(matcher: FeatureMatcher, picture: Image) -> None:
     front_end, columns = FrontEnd(FINE.replace({"mode": "stereo"}), matcher), np.arange(WIDTH)
     right = np.roll(picture, -1, axis=1)
     stripes = np.where(columns % 6 < 3, 0, 255)[None].repeat(HEIGHT, 0).astype(np.uint8)  # a point can move 1.5 pixels
@@ -198,7 +200,9 @@ def test_no_right_point_is_refined_into_the_mask_or_out_of_the_image(matcher: Fe
         assert len(stereo.points) == len(stereo.indices) == len(stereo.scores) == len(stereo.sigmas)
 
 
-def test_a_frame_without_a_mask_has_none(matcher: FeatureMatcher, picture: Image) -> None:
+def test_a_frame_without_a_mask_has_none_and_lists_of_the_wrong_length_are_refused(
+    matcher: FeatureMatcher, picture: Image
+) -> None:
     front_end = FrontEnd(FINE, matcher)
     assert front_end.register_frame(picture, 1)[0].mask is None
     with pytest.raises(ValueError, match="masks has the length 0, not 1 to 2"):
@@ -229,7 +233,7 @@ def test_a_mask_that_cannot_be_used_is_refused_with_the_reason(
         FrontEnd(FINE.replace(make(tmp_path)))
 
 
-def test_masks_of_a_time_that_went_back_are_found_though_none_was_found_before() -> None:
+def test_masks_after_a_jump_back_are_found_even_if_none_was_found_before_it() -> None:
     masks: MaskSynchroniser[int] = MaskSynchroniser(1, 10**7, 30, 10**9)
     again = [round((0.5 + 0.1 * i) * 1e9) for i in range(8)]
     for i, stamp in enumerate(again):
@@ -242,7 +246,7 @@ def test_masks_of_a_time_that_went_back_are_found_though_none_was_found_before()
 
 
 @pytest.mark.parametrize("part", [0.33, 0.4, 0.55])
-def test_matches_beside_a_masked_body_give_right_poses(part: float) -> None:
+def test_matches_beside_a_masked_body_give_correct_poses(part: float) -> None:
     for seed in range(5):
         problem = masked_body(part, seed)
         outcome = judge(problem.estimate(), problem.truth)
@@ -259,13 +263,13 @@ def walk() -> tuple[list[Image], Any]:
 
 
 @pytest.fixture(scope="module")
-def whole() -> FeatureMatcher:
+def default_matcher() -> FeatureMatcher:
     return FeatureMatcher(Parameters(device="cpu", precision="float32"))
 
 
 @pytest.mark.parametrize("part", [0.33, 0.4, 0.55])
-def test_with_the_body_masked_the_pose_is_right(
-    whole: FeatureMatcher, walk: Any, texture: Callable[..., Image], part: float
+def test_the_pose_is_correct_if_the_robots_body_is_masked(
+    default_matcher: FeatureMatcher, walk: Any, texture: Callable[..., Image], part: float
 ) -> None:
     images, truth = walk
     camera = demo_camera(distorted=False)
@@ -276,7 +280,7 @@ def test_with_the_body_masked_the_pose_is_right(
     mask[top:] = 0
 
     def pose(masks: list[Image | None]) -> RelativePose:
-        front_end = FrontEnd(whole.parameters, whole)
+        front_end = FrontEnd(default_matcher.parameters, default_matcher)
         for number, image in enumerate(seen):
             pair = front_end.register([image], [10**8 * number + 1], camera, masks=masks).pair
         assert pair is not None

@@ -55,7 +55,9 @@ def features(matcher: FeatureMatcher, images: list[Image]) -> list[Features]:
 # The front end
 
 
-def test_features_match_as_their_images_would(front_end: FrontEnd, features: list[Features]) -> None:
+def test_stored_features_give_the_matches_of_the_matcher_and_a_pose(
+    front_end: FrontEnd, features: list[Features]
+) -> None:
     pair = front_end.match_features(features[0], features[1], (CAMERA, CAMERA), (5, 7), ("left", "left"))
     expected = front_end.matcher.match(*features).numpy()
     assert np.array_equal(pair.indices, expected.indices) and np.array_equal(pair.scores, expected.scores)
@@ -66,7 +68,7 @@ def test_features_match_as_their_images_would(front_end: FrontEnd, features: lis
     assert pair.pose.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS, PoseStatus.NO_TRANSLATION)
 
 
-def test_without_a_calibration_there_are_matches_and_the_pose_says_why_not(
+def test_without_a_calibration_there_are_matches_and_the_pose_has_the_status_no_calibration(
     front_end: FrontEnd, features: list[Features]
 ) -> None:
     for cameras in ((None, None), (CAMERA, None), (None, CAMERA)):
@@ -74,7 +76,9 @@ def test_without_a_calibration_there_are_matches_and_the_pose_says_why_not(
         assert len(pair.indices) > 100 and pair.pose.status is PoseStatus.NO_CALIBRATION
 
 
-def test_the_frames_do_not_notice(matcher: FeatureMatcher, images: list[Image], features: list[Features]) -> None:
+def test_matching_stored_features_has_no_effect_on_the_frames(
+    matcher: FeatureMatcher, images: list[Image], features: list[Features]
+) -> None:
     found = []
     for asked in (False, True):
         front_end = FrontEnd(PARAMETERS, matcher)
@@ -136,7 +140,7 @@ def test_features_that_cannot_be_used_are_refused_with_the_reason(
         front_end.match_features(*features)
 
 
-def test_features_that_were_kept_are_matched_after_max_keypoints_is_lowered(
+def test_stored_features_are_still_matched_after_max_keypoints_is_lowered(
     matcher: FeatureMatcher, features: list[Features]
 ) -> None:
     """A robot that lowers its load keeps its map."""
@@ -212,11 +216,11 @@ REQUEST_FAULTS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda r: setattr(r.camera_info, "width", 5), "features: the image is 160x120 pixels but its calibration"),
     (lambda r: r.camera_info.k.__setitem__(2, np.nan), "camera_info of features: "),
     (lambda r: r.reference_camera_info.k.__setitem__(0, 0), "camera_info of reference_features: .* not calibrated"),
-    (lambda r: glass(r.camera_info), "camera_info of features: .*glass"),
+    (lambda r: set_unknown_lens_model(r.camera_info), "camera_info of features: .*glass"),
 ]
 
 
-def glass(info: Any) -> None:
+def set_unknown_lens_model(info: Any) -> None:
     info.distortion_model, info.d = "glass", np.ones(5)
 
 

@@ -45,7 +45,7 @@ def test_under_overload_a_request_waits_for_one_frame_at_most() -> None:
         assert taken(inbox, 2) == [number, f"frame {2 * number + 1}"]
 
 
-def test_requests_alone_are_answered_in_order_and_so_many_wait() -> None:
+def test_requests_without_frames_are_answered_in_order_and_at_most_16_wait() -> None:
     inbox: Inbox[str, int] = Inbox(latest=True, memory=100)
     accepted = [inbox.ask(number) for number in range(20)]
     assert accepted == [True] * 16 + [False] * 4
@@ -53,7 +53,7 @@ def test_requests_alone_are_answered_in_order_and_so_many_wait() -> None:
     assert inbox.close() == Remaining(0, list(range(3, 16))) and not inbox.ask(20) and inbox.take() is None
 
 
-def test_where_all_frames_are_wanted_the_oldest_are_dropped_beyond_so_many_bytes() -> None:
+def test_with_queue_all_the_oldest_frames_are_dropped_above_a_memory_limit() -> None:
     inbox: Inbox[str, int] = Inbox(latest=False, memory=100)
     sizes = (40, 60, 1, 50, 500, 100)
     assert [inbox.put(f"frame {number}", size) for number, size in enumerate(sizes)] == [0, 0, 1, 1, 2, 1]
@@ -62,7 +62,7 @@ def test_where_all_frames_are_wanted_the_oldest_are_dropped_beyond_so_many_bytes
     assert inbox.put("too late", 1) == 1
 
 
-def test_a_frame_that_is_taken_knows_how_many_were_dropped_since_the_one_before() -> None:
+def test_the_inbox_counts_the_frames_dropped_since_the_previous_one_taken() -> None:
     inbox: Inbox[str, int] = Inbox(latest=True, memory=100)
     for count in (0, 3, 1, 0):
         for number in range(count + 1):
@@ -72,7 +72,7 @@ def test_a_frame_that_is_taken_knows_how_many_were_dropped_since_the_one_before(
 
 
 @pytest.mark.parametrize("latest", [False, True])
-def test_what_is_to_be_last_waits_for_the_frames_before_it_and_pushes_none_out(latest: bool) -> None:
+def test_an_item_put_last_waits_for_the_frames_before_it_and_displaces_none(latest: bool) -> None:
     inbox: Inbox[str, int] = Inbox(latest=latest, memory=100)
     inbox.put("frame 0", 100)
     inbox.put_last("silent for 1 s")
@@ -84,7 +84,7 @@ def test_what_is_to_be_last_waits_for_the_frames_before_it_and_pushes_none_out(l
     assert taken(inbox, 1) == ["silent for 3 s"], "it needs no frame to be taken"
 
 
-def test_what_is_to_be_last_is_gone_where_a_frame_comes_before_it_is_taken_or_the_inbox_is_closed() -> None:
+def test_an_item_put_last_is_discarded_if_a_frame_arrives_first_or_the_inbox_closes() -> None:
     inbox: Inbox[str, int] = Inbox(latest=False, memory=100)
     inbox.put_last("silent")
     inbox.put("frame 0", 1)
@@ -150,7 +150,7 @@ def test_a_python_client_gets_the_matches_of_two_frames(node: NodeUnderTest, fea
     assert ask(node, request_for(features, 0.0)).relative_pose.status == RelativePose.NO_CALIBRATION
 
 
-def test_a_cpp_client_gets_the_same(
+def test_a_cpp_client_gets_the_same_answer_as_a_python_client(
     node: NodeUnderTest,
     features: list[FeatureArray],
     cpp_programs: Path,
@@ -177,13 +177,13 @@ def test_a_cpp_client_gets_the_same(
     matches = deserialize_message(files[2].read_bytes(), MatchArray)
     matches.match_ms = expected.matches.match_ms
     assert matches == expected.matches
-    told = dict(line.split(" ", 1) for line in out.splitlines())
+    printed = dict(line.split(" ", 1) for line in out.splitlines())
     pose = expected.relative_pose
-    assert [int(told[name]) for name in ("status", "num_matches", "num_inliers")] == [
+    assert [int(printed[name]) for name in ("status", "num_matches", "num_inliers")] == [
         pose.status, pose.num_matches, pose.num_inliers
     ]  # fmt: skip
     t = pose.pose.pose.position
-    assert [float(value) for value in told["translation"].split()] == pytest.approx([t.x, t.y, t.z], abs=1e-5)
+    assert [float(value) for value in printed["translation"].split()] == pytest.approx([t.x, t.y, t.z], abs=1e-5)
     read = subprocess.run(
         [str(cpp_programs / "read_message"), "MatchArray"], input=files[2].read_bytes(), capture_output=True
     )
@@ -194,7 +194,7 @@ def test_a_cpp_client_gets_the_same(
     assert run() == (1, "", "features: there are no features; choose an image that has some\n")
 
 
-def test_requests_of_any_kind_do_no_harm(node: NodeUnderTest, features: list[FeatureArray]) -> None:
+def test_invalid_requests_are_refused_and_the_node_goes_on(node: NodeUnderTest, features: list[FeatureArray]) -> None:
     random = np.random.default_rng(0)
     node.wait_for_news()
     before, refused = answers(node), 0
@@ -265,7 +265,7 @@ def flood(node: NodeUnderTest, second: float) -> bool:
     return True
 
 
-def test_a_node_that_is_not_active_says_so(node: NodeUnderTest, features: list[FeatureArray]) -> None:
+def test_an_inactive_node_refuses_requests_with_the_reason(node: NodeUnderTest, features: list[FeatureArray]) -> None:
     assert change_state(node, "deactivate")
     response = ask(node, request_for(features))
     assert (response.success, response.message) == (

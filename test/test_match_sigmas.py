@@ -48,7 +48,7 @@ def errors(poses: list[RelativePose]) -> np.ndarray:
     return np.array([Scene().error(pose) for pose in poses])
 
 
-def test_exact_matches_count_for_more_and_the_covariance_says_so() -> None:
+def test_exact_matches_weigh_more_and_the_covariance_agrees_with_the_errors() -> None:
     scenes = [matches(seed) for seed in range(40)]
     weighed = [estimate(*points, sigmas=sigmas) for *points, sigmas in scenes]
     alike = [estimate(*points) for *points, _ in scenes]
@@ -61,7 +61,7 @@ def test_exact_matches_count_for_more_and_the_covariance_says_so() -> None:
     assert 3.5 < np.mean(nees) < 6.5  # 5 if the covariance is correct
 
 
-def test_errors_that_standard_deviations_do_not_tell_lose_no_match_and_nothing_of_the_pose() -> None:
+def test_errors_beyond_the_sigmas_cost_few_inliers_and_little_accuracy() -> None:
     """For example errors of a calibration or a rolling shutter: ten times the stated sigma of the exact points."""
     scenes = [matches(seed, common=0.3) for seed in range(40)]
     weighed = [estimate(*points, sigmas=sigmas) for *points, sigmas in scenes]
@@ -70,14 +70,14 @@ def test_errors_that_standard_deviations_do_not_tell_lose_no_match_and_nothing_o
     assert sum(pose.num_inliers for pose in weighed) > 0.99 * sum(pose.num_inliers for pose in alike)
 
 
-def test_an_inlier_is_within_the_reprojection_error_whatever_is_said_of_it() -> None:
+def test_matches_within_the_inlier_threshold_stay_inliers_even_with_small_sigmas() -> None:
     points0, points1, sigmas = matches(0, outliers=0.0)
     points1[:30:3] += (0.0, 0.8)  # points that count as exact
     pose = estimate(points0, points1, sigmas=sigmas)
     assert pose.inliers is not None and pose.inliers[:30:3].all()
 
 
-def test_what_is_made_of_standard_deviations_is_the_noise_of_the_residuals() -> None:
+def test_residuals_weighted_by_their_sigmas_have_equal_noise() -> None:
     """Only one point of each match has an error, but Sampson's distance assumes noise in both."""
     points0, points1, sigmas = matches(0, outliers=0.0)
     problem = problem_of(points0, points1, sigmas)
@@ -91,7 +91,7 @@ def test_what_is_made_of_standard_deviations_is_the_noise_of_the_residuals() -> 
     )  # in the pixels of the middle match
 
 
-def test_matches_are_as_far_apart_as_before_whatever_they_weigh() -> None:
+def test_weights_do_not_change_the_distances_between_matches() -> None:
     """Errors of neighbours within 32 pixels are treated as common."""
     problem = problem_of(*matches(0))
     weighed = weigh(problem, TRUTH)
@@ -101,15 +101,15 @@ def test_matches_are_as_far_apart_as_before_whatever_they_weigh() -> None:
     np.testing.assert_allclose(weighed.matches.select(some).focals, problem.matches.focals[some])
 
 
-def test_noise_far_above_the_threshold_is_found_whatever_is_said_of_it() -> None:
+def test_sigmas_change_nothing_if_the_noise_is_far_above_the_threshold() -> None:
     points0, points1, _ = Scene(noise=2.5).matches(COUNT, 0)
     sigmas = np.where(np.arange(COUNT) % 3 == 0, EXACT, COARSE)
-    told, untold = estimate(points0, points1, sigmas=sigmas), estimate(points0, points1)
-    assert told.status is untold.status
-    np.testing.assert_array_equal(told.covariance, untold.covariance)
+    with_sigmas, without_sigmas = estimate(points0, points1, sigmas=sigmas), estimate(points0, points1)
+    assert with_sigmas.status is without_sigmas.status
+    np.testing.assert_array_equal(with_sigmas.covariance, without_sigmas.covariance)
 
 
-def test_the_two_motions_of_a_plane_stay_ambiguous_however_exact_matches_are() -> None:
+def test_exact_matches_of_a_plane_do_not_make_the_pose_overconfident() -> None:
     towards = {"rotation": (0.0, 0.0, 0.0), "translation": (0.0, 0.0, 0.5)}
     statuses = []
     for seed in range(8):
@@ -123,7 +123,7 @@ def test_the_two_motions_of_a_plane_stay_ambiguous_however_exact_matches_are() -
     assert PoseStatus.AMBIGUOUS in statuses
 
 
-def test_a_robots_own_body_is_left_out_though_it_is_the_most_exact() -> None:
+def test_matches_on_the_robots_own_body_are_outliers_even_with_the_smallest_sigmas() -> None:
     points0, points1, sigmas = matches(0, outliers=0.0)
     body = np.flatnonzero(points0[:, 1] > 360)
     points1[body] = points0[body] + np.random.default_rng(0).normal(0, EXACT, (len(body), 2))
@@ -135,14 +135,14 @@ def test_a_robots_own_body_is_left_out_though_it_is_the_most_exact() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.43, 0.5, 5.0])
-def test_standard_deviations_that_are_no_smaller_than_the_noise_allowed_change_nothing(sigma: float) -> None:
+def test_sigmas_at_or_above_the_allowed_noise_change_nothing(sigma: float) -> None:
     points0, points1, _ = matches(0)
-    told, untold = estimate(points0, points1, sigmas=np.full(COUNT, sigma)), estimate(points0, points1)
+    with_sigmas, without_sigmas = estimate(points0, points1, sigmas=np.full(COUNT, sigma)), estimate(points0, points1)
     for field in ("rotation", "translation", "covariance", "inliers"):
-        np.testing.assert_array_equal(getattr(told, field), getattr(untold, field))
+        np.testing.assert_array_equal(getattr(with_sigmas, field), getattr(without_sigmas, field))
 
 
-def test_those_of_matches_that_do_not_decide_do_not_matter() -> None:
+def test_sigmas_of_matches_that_are_not_decisive_have_no_effect() -> None:
     points0, points1, sigmas = matches(0)
     decisive = np.arange(COUNT) % 2 == 0
     first, second = (
@@ -153,7 +153,7 @@ def test_those_of_matches_that_do_not_decide_do_not_matter() -> None:
     np.testing.assert_array_equal(first.inliers, second.inliers)
 
 
-def test_copies_of_a_match_do_not_weigh_more() -> None:
+def test_duplicates_of_a_match_do_not_weigh_more() -> None:
     points0, points1, sigmas = matches(0)
     order = np.arange(500) % COUNT
     once, twice = (
@@ -164,7 +164,7 @@ def test_copies_of_a_match_do_not_weigh_more() -> None:
     np.testing.assert_array_equal(once.covariance, twice.covariance)
 
 
-def test_matches_without_a_direction_take_their_standard_deviations_along() -> None:
+def test_the_sigmas_of_matches_with_nan_are_removed_with_them() -> None:
     points0, points1, sigmas = matches(0)
     lost = np.insert(points0, 7, np.nan, axis=0), np.insert(points1, 7, 5.0, axis=0), np.insert(sigmas, 7, 2.0)
     np.testing.assert_array_equal(
@@ -173,26 +173,28 @@ def test_matches_without_a_direction_take_their_standard_deviations_along() -> N
 
 
 @pytest.mark.parametrize("sigmas", [np.ones(COUNT - 1), np.ones((COUNT, 1)), np.zeros(COUNT), np.full(COUNT, np.nan)])
-def test_what_is_no_standard_deviation_is_refused(sigmas: np.ndarray) -> None:
+def test_invalid_sigmas_are_refused(sigmas: np.ndarray) -> None:
     points0, points1, _ = matches(0)
     with pytest.raises(ValueError, match="sigmas must be 300 positive finite numbers; got shape"):
         estimate(points0, points1, sigmas=sigmas)
 
 
 @pytest.mark.parametrize("refine", [True, False])
-def test_one_cameras_pose_is_by_how_exactly_each_point_was_found(refine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[np.ndarray] = []
+def test_the_front_end_passes_a_sigma_for_each_match_to_the_pose_estimation(
+    refine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[np.ndarray] = []
 
-    def noticed(*points: Any, sigmas: np.ndarray, **options: Any) -> RelativePose:
-        told.append(sigmas)
+    def record_sigmas(*points: Any, sigmas: np.ndarray, **options: Any) -> RelativePose:
+        passed.append(sigmas)
         return estimate_relative_pose(*points, sigmas=sigmas, **options)
 
-    monkeypatch.setattr(frame_motion, "estimate_relative_pose", noticed)
+    monkeypatch.setattr(frame_motion, "estimate_relative_pose", record_sigmas)
     camera, poses = demo_camera(320, 240), camera_path(2)
     eyes = FrontEnd(Parameters(device="cpu", max_keypoints=256, refine=refine))
     for number, view in enumerate(build_scene(0).film(poses, camera, noise=2.0)):
         pair = eyes.register_frame(view.image, number * 10**8, camera)[1]
     assert pair is not None and pair.pose.status is PoseStatus.OK
-    assert len(told[-1]) == pair.pose.num_matches
-    few, many = np.percentile(told[-1], [10, 90])
+    assert len(passed[-1]) == pair.pose.num_matches
+    few, many = np.percentile(passed[-1], [10, 90])
     assert few < 0.1 and many > 1.5 * few

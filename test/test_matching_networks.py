@@ -45,7 +45,9 @@ def two_views(texture: Any) -> tuple[Image, Image]:
     return picture[:96, :128], picture[8:, 16:]
 
 
-def test_superglue_matches_cached_features_as_lightglue_does(random_folder: Callable[..., Path], texture: Any) -> None:
+def test_superglue_matches_cached_features_and_uses_their_scores(
+    random_folder: Callable[..., Path], texture: Any
+) -> None:
     folder = random_folder(superglue={})
     matcher = FeatureMatcher.from_pretrained(folder, device="cpu", precision="float32", max_keypoints=150)
     assert isinstance(matcher.matcher, SuperGlue)
@@ -82,7 +84,7 @@ def colour_extractor(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 @pytest.mark.parametrize(("name", "resolution"), [("aliked", 0.0), ("disk", 1.0), ("xfeat", 1.0)])
-def test_extractors_that_see_colour_get_it_however_it_lies_in_memory(
+def test_colour_extractors_get_the_colours_in_any_memory_layout(
     colour_extractor: Callable[[str], Path], colour: Image, name: str, resolution: float
 ) -> None:
     matcher = FeatureMatcher(
@@ -108,7 +110,7 @@ def assert_unit_vectors(features: Features) -> None:
     assert torch.linalg.vector_norm(torch.as_tensor(features.descriptors), dim=1).allclose(torch.tensor(1.0), atol=1e-3)
 
 
-def test_what_the_weights_were_published_with_holds_unless_told_otherwise(random_folder: Callable[..., Path]) -> None:
+def test_settings_published_with_the_weights_apply_unless_overridden(random_folder: Callable[..., Path]) -> None:
     folder = random_folder(superpoint={"nms_radius": 7, "border_removal_distance": 11, "keypoint_threshold": 0.25})
     matcher = FeatureMatcher.from_pretrained(folder, device="cpu")
     extractor = matcher.extractor
@@ -120,7 +122,7 @@ def test_what_the_weights_were_published_with_holds_unless_told_otherwise(random
 
 
 @pytest.mark.parametrize("kind", ["fixed", "adaptive", "superglue", "nearest", "onnxruntime"])
-def test_pairs_match_as_a_batch_as_each_alone(random_folder: Callable[..., Path], texture: Any, kind: str) -> None:
+def test_pairs_match_in_a_batch_as_they_do_alone(random_folder: Callable[..., Path], texture: Any, kind: str) -> None:
     if kind == "onnxruntime":
         pytest.importorskip("onnxruntime")
     folder = random_folder(superglue={} if kind == "superglue" else None)

@@ -27,7 +27,7 @@ def image(seconds: float, frame: str = "camera") -> Image:
 
 
 @pytest.mark.parametrize("arguments", [("camera_info:=image", "camera_info"), ("matches:=image", "matches")])
-def test_topics_that_are_remapped_onto_one_another_are_named(tmp_path: Path, arguments: tuple[str, str]) -> None:
+def test_topics_remapped_onto_one_another_are_reported(tmp_path: Path, arguments: tuple[str, str]) -> None:
     remapping, name = arguments
     with running_node(tmp_path, ("-r", remapping), autostart=False, **SMALL) as node:
         node.wait_for(node.is_there, "the node")
@@ -57,7 +57,7 @@ def test_cameras_that_are_swapped_by_remapping_stay_swapped(tmp_path: Path) -> N
         node.wait_for(silent_camera_is_named, "the silent camera to be named")
 
 
-def test_two_cameras_are_no_one_topic_but_may_share_a_mask() -> None:
+def test_two_cameras_may_share_a_mask_topic_but_not_an_image_topic() -> None:
     def resolve(name: str) -> str:
         return {"left/mask": "/mask", "right/mask": "/mask", "right/image": "/left/image"}.get(name, f"/{name}")
 
@@ -71,7 +71,7 @@ def test_two_cameras_are_no_one_topic_but_may_share_a_mask() -> None:
     ("override", "transition", "topic"),
     [("image.subscription.reliability", "activate", "image"), ("matches.publisher.depth", "configure", "matches")],
 )
-def test_a_quality_of_service_that_does_not_exist_is_named(
+def test_an_invalid_quality_of_service_override_is_reported(
     tmp_path: Path, override: str, transition: str, topic: str
 ) -> None:
     overrides = {f"qos_overrides./{override}": "relyable"}
@@ -86,14 +86,14 @@ def test_a_quality_of_service_that_does_not_exist_is_named(
         assert "best_effort" in node.message() and "Traceback" not in node.log
 
 
-def test_a_parameter_that_plays_no_part_is_logged_as_the_node_is_configured(tmp_path: Path) -> None:
+def test_a_parameter_without_effect_is_logged_once_when_the_node_is_configured(tmp_path: Path) -> None:
     with running_node(tmp_path, mode="stereo", base_frame="base_link", **SMALL) as node:
         node.wait_for(lambda: "active: waiting" in node.log, "the node to be active")
         said = "base_frame is 'base_link' and has no effect: it needs publish_odometry True, which is False"
         assert said in node.log and node.log.count("has no effect: it needs") == 1
 
 
-def test_another_node_on_the_same_topics_is_named(tmp_path: Path) -> None:
+def test_another_node_on_the_same_topics_is_reported(tmp_path: Path) -> None:
     with running_node(tmp_path, **SMALL) as node:
         node.wait_until_connected()
         node.wait_for_news()
@@ -106,7 +106,7 @@ def test_another_node_on_the_same_topics_is_named(tmp_path: Path) -> None:
         node.wait_for(lambda: "another node" not in node.message(), "its end to be noticed")
 
 
-def test_calibrations_of_two_publishers_are_told_of(tmp_path: Path) -> None:
+def test_two_publishers_of_calibrations_are_reported(tmp_path: Path) -> None:
     with running_node(tmp_path, **SMALL) as node:
         node.wait_until_connected()
         other = rclpy.create_node("other", namespace=node.namespace, context=node.node.context)

@@ -47,11 +47,11 @@ def last_states(model: LightGlue, seen: lightglue_loss.Batch) -> torch.Tensor:
     return points[0].x
 
 
-def test_one_as_wide_as_before_says_the_same(wide: LightGlue) -> None:
+def test_a_network_as_wide_as_before_gives_the_same_result(wide: LightGlue) -> None:
     made = narrow(wide, [batch(0), batch(1)], 48)
     assert isinstance(made.model.input_projection, nn.Linear)
     theirs, ours = (lightglue_loss.opinion(model, batch(2)) for model in (wide, made.model))
-    assert theirs.matches.float().amax(dim=2).median() > 0.05, "there is something to say"
+    assert theirs.matches.float().amax(dim=2).median() > 0.05, "the wide network finds matches"
     torch.testing.assert_close(ours.matches.float(), theirs.matches.float(), rtol=0.02, atol=2e-3)
     for mine, other in zip(ours.matchable, theirs.matchable):
         torch.testing.assert_close(mine.float(), other.float(), rtol=0.02, atol=5e-3)
@@ -59,7 +59,7 @@ def test_one_as_wide_as_before_says_the_same(wide: LightGlue) -> None:
     torch.testing.assert_close(last_states(made.model, batch(2)), made.coordinates.of(states), rtol=0.02, atol=5e-3)
 
 
-def test_one_as_wide_as_descriptors_begins_with_them_and_says_nearly_the_same(wide: LightGlue) -> None:
+def test_a_network_as_wide_as_the_descriptors_needs_no_projection_for_a_similar_result(wide: LightGlue) -> None:
     made = narrow(wide, [batch(0), batch(1)], 32)
     assert isinstance(made.model.input_projection, nn.Identity)
     seen = batch(2)
@@ -72,7 +72,7 @@ def test_one_as_wide_as_descriptors_begins_with_them_and_says_nearly_the_same(wi
     assert same.float().mean() > 0.8
 
 
-def test_its_states_are_taught_where_they_are_wanted(wide: LightGlue) -> None:
+def test_the_loss_includes_the_distance_to_the_teachers_states(wide: LightGlue) -> None:
     made, seen = narrow(wide, [batch(0), batch(1)], 32), batch(2)
     wanted = lightglue_loss.opinion(wide, seen, made.coordinates.of)
     assert wanted.states is not None and wanted.states[0].shape == (2, 2, 200, 32)
@@ -84,7 +84,7 @@ def test_its_states_are_taught_where_they_are_wanted(wide: LightGlue) -> None:
     assert rounded.states is not None and rounded.states[0].dtype == torch.float16
 
 
-def test_it_is_kept_with_its_coordinates(wide: LightGlue, tmp_path: Path) -> None:
+def test_a_narrow_network_is_saved_and_loaded_with_its_coordinates(wide: LightGlue, tmp_path: Path) -> None:
     made = narrow(wide, [batch(0)], 32)
     save_narrow(tmp_path / "narrow.pt", made, wide)
     again = load_narrow(tmp_path / "narrow.pt", wide, 32, torch.device("cpu"))
@@ -93,7 +93,7 @@ def test_it_is_kept_with_its_coordinates(wide: LightGlue, tmp_path: Path) -> Non
     assert torch.equal(last_states(again.model, batch(2)), last_states(made.model, batch(2)))
 
 
-def test_what_is_kept_is_not_taken_for_another_width_or_for_that_of_another_teacher(
+def test_a_saved_network_is_refused_for_another_width_or_another_teacher(
     wide: LightGlue, tmp_path: Path, randomise_lightglue: Any
 ) -> None:
     file = tmp_path / "narrow.pt"
@@ -109,7 +109,7 @@ def test_what_is_kept_is_not_taken_for_another_width_or_for_that_of_another_teac
     assert load_narrow(file, wide, 32, torch.device("cpu")).model.config["descriptor_dim"] == 32
 
 
-def test_keys_of_their_own_are_refused(wide: LightGlue) -> None:
+def test_a_network_with_different_weights_for_keys_and_queries_is_refused(wide: LightGlue) -> None:
     attention: Any = wide.transformer_layers[1].cross_attention
     attention.k_proj = nn.Linear(48, 48)
     with pytest.raises(ValueError, match="layer 1 has different weights for keys and queries"):

@@ -101,7 +101,7 @@ def test_equal_descriptors_score_one_and_opposite_ones_never_match() -> None:
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.9])
-def test_pairs_of_a_batch_match_as_each_alone(ratio: float) -> None:
+def test_pairs_match_in_a_batch_as_they_do_alone(ratio: float) -> None:
     pairs = [descriptors(*counts, seed=counts[0]) for counts in [(30, 20), (1, 25), (25, 1), (4, 30), (1, 1)]]
     first, second = (torch.nn.utils.rnn.pad_sequence(list(each), batch_first=True) for each in zip(*pairs))
     # The content of padding must not matter. Here it would be the best match.
@@ -119,7 +119,7 @@ def test_pairs_of_a_batch_match_as_each_alone(ratio: float) -> None:
         assert (found.matches1[b, len(alone1) :] == -1).all()
 
 
-def test_without_a_second_nearest_there_is_nothing_to_confuse_the_nearest_with() -> None:
+def test_the_ratio_test_passes_if_there_is_no_second_nearest_neighbour() -> None:
     first, second = torch.eye(16)[:1], torch.eye(16)[:1] * 0.3 + torch.eye(16)[1:2] * 0.91**0.5
     padding = torch.tensor([[True, False]])
     model = NearestNeighbour(ratio_threshold=0.3)
@@ -136,7 +136,7 @@ def test_no_descriptors_give_no_matches(count0: int, count1: int, ratio: float) 
     assert found.matches1.tolist() == [[-1] * count1]
 
 
-def test_half_precision_descriptors_are_compared_in_single() -> None:
+def test_half_precision_descriptors_are_compared_in_float32() -> None:
     first, second = descriptors(50, 60)
     found = match(NearestNeighbour(), first.half(), second.half())
     assert found.scores0.dtype == torch.float32

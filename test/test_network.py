@@ -17,11 +17,11 @@ ALONE = ["unshare", "--user", "--map-root-user", "--net"]
 GET_FLAGS, SET_FLAGS, UP = 0x8913, 0x8914, 1  # SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP: linux/sockios.h, linux/if.h
 
 
-def test_a_node_goes_on_once_the_network_is_back(tmp_path: Path) -> None:
+def test_the_node_continues_once_the_network_is_back(tmp_path: Path) -> None:
     try:
         subprocess.run([*ALONE, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this system lends no network of one's own (unshare)")
+        pytest.skip("this system allows no network namespaces (unshare)")
     environment = {**os.environ, "FASTDDS_BUILTIN_TRANSPORTS": "UDPv4"}  # shared memory would not notice it
     command = [*ALONE, sys.executable, __file__, str(tmp_path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -143,7 +143,7 @@ def test_every_pair_of_frames_gives_one_match_array_and_one_pose(tmp_path: Path)
         assert node.stop() == 0
 
 
-def test_superglue_serves_as_the_matcher_too(tmp_path: Path, random_folder: Callable[..., Path]) -> None:
+def test_superglue_works_as_the_matcher(tmp_path: Path, random_folder: Callable[..., Path]) -> None:
     folder = str(random_folder(superglue={}))
     with running_node(tmp_path, calibrated=False, extractor=folder, matcher=folder, **FAST) as node:
         node.wait_until_connected()
@@ -157,7 +157,7 @@ def test_superglue_serves_as_the_matcher_too(tmp_path: Path, random_folder: Call
             assert (np.linalg.norm(moved - (16, 0), axis=1) < 2).sum() > 20
 
 
-def test_bad_input_is_counted_named_and_followed_by_good_frames(tmp_path: Path) -> None:
+def test_bad_input_is_counted_and_reported_and_later_frames_are_processed(tmp_path: Path) -> None:
     short = image(textured(), 50.0)
     short.data = short.data[:-100]
     unknown = image(textured(), 50.1, encoding="rgb7")
@@ -186,7 +186,7 @@ def test_bad_input_is_counted_named_and_followed_by_good_frames(tmp_path: Path) 
         assert figures["frames received"] == "7"
 
 
-def test_a_black_frame_gives_an_empty_valid_message_and_the_next_is_matched_across_it(tmp_path: Path) -> None:
+def test_a_black_frame_gives_an_empty_message_and_is_skipped_as_a_reference(tmp_path: Path) -> None:
     with running_node(tmp_path, **FAST) as node:
         node.wait_until_connected()
         node.send(image(textured(), 1.0), calibration(1.0))
@@ -201,7 +201,7 @@ def test_a_black_frame_gives_an_empty_valid_message_and_the_next_is_matched_acro
         assert len(after.scores) > 50 and node.poses[1].status != RelativePose.TOO_FEW_MATCHES
 
 
-def test_a_pose_without_calibration_says_so(tmp_path: Path) -> None:
+def test_without_calibration_the_pose_and_the_diagnostics_give_the_reason(tmp_path: Path) -> None:
     with running_node(tmp_path, calibrated=False, **FAST) as node:
         node.wait_until_connected()
         send_frames(node, 2, calibrated=False)
@@ -214,7 +214,7 @@ def test_a_pose_without_calibration_says_so(tmp_path: Path) -> None:
         assert node.figures()["inlier ratio"] == ""
 
 
-def test_a_replays_first_frame_waits_for_a_calibration_that_comes_late(tmp_path: Path) -> None:
+def test_with_queue_all_the_first_frame_waits_for_a_late_calibration(tmp_path: Path) -> None:
     with running_node(tmp_path, queue="all", **FAST) as node:
         node.wait_until_connected()
         node.send(image(textured(), 1.0))
@@ -225,7 +225,7 @@ def test_a_replays_first_frame_waits_for_a_calibration_that_comes_late(tmp_path:
         assert node.poses[0].status != RelativePose.NO_CALIBRATION
 
 
-def test_reset_a_jump_back_and_a_long_gap_begin_the_tracks_anew(tmp_path: Path) -> None:
+def test_a_reset_a_jump_back_in_time_and_a_long_gap_start_new_tracks(tmp_path: Path) -> None:
     with running_node(tmp_path, max_gap=2.0, **FAST) as node:
         node.wait_until_connected()
         send_frames(node, 3, start=100.0)
@@ -247,7 +247,7 @@ def test_reset_a_jump_back_and_a_long_gap_begin_the_tracks_anew(tmp_path: Path) 
         assert kinds == [False, False, False, True, False, True, False], "a pose for every pair, and for every break"
 
 
-def test_only_the_newest_frame_is_processed_unless_all_are_wanted(tmp_path: Path) -> None:
+def test_with_queue_latest_overtaken_frames_are_dropped_and_counted(tmp_path: Path) -> None:
     # Reliable, so that missing frames were dropped by the node and not during transport.
     reliable = {"qos_overrides./image.subscription.reliability": "reliable"}
     with running_node(tmp_path, queue="latest", **reliable, **FAST) as node:
@@ -292,7 +292,7 @@ def test_a_node_that_is_too_slow_for_max_gap_says_why_it_has_no_poses(tmp_path: 
         assert not node.matches and "no frame was processed for" in node.log
 
 
-def test_frames_that_wait_have_only_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_waiting_frames_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "bin" / "matcher"  # replaces the real program, with room for five images
     program.parent.mkdir()
     program.write_text(
@@ -314,7 +314,7 @@ def test_frames_that_wait_have_only_so_many_bytes(tmp_path: Path, monkeypatch: p
         assert counts[0] == 20 and counts[1] == len(node.matches) + 1 == 6 and counts[2:] == [14, 0]
 
 
-def test_a_best_effort_camera_is_heard_in_both_queues(tmp_path: Path) -> None:
+def test_images_of_a_best_effort_publisher_are_received_with_both_queues(tmp_path: Path) -> None:
     for queue in ("latest", "all"):
         folder = tmp_path / queue
         folder.mkdir()
@@ -333,7 +333,7 @@ def test_a_best_effort_camera_is_heard_in_both_queues(tmp_path: Path) -> None:
             node.wait_for(heard, "three pairs")
 
 
-def test_compressed_images_are_heard_on_their_own_topic(tmp_path: Path) -> None:
+def test_compressed_images_are_received_on_their_own_topic(tmp_path: Path) -> None:
     arguments = ("-r", "image:=camera/image_raw")
     with running_node(tmp_path, arguments, calibrated=False, image_transport="compressed", **FAST) as node:
         publisher = node.node.create_publisher(CompressedImage, "camera/image_raw/compressed", 10)
@@ -349,7 +349,7 @@ def test_compressed_images_are_heard_on_their_own_topic(tmp_path: Path) -> None:
         assert node.wait_for_figure("frames processed", "4")["rejected: decode"] == "1"
 
 
-def test_pictures_are_sent_on_demand(tmp_path: Path) -> None:
+def test_match_images_are_published_if_there_is_a_subscriber(tmp_path: Path) -> None:
     with running_node(tmp_path, **FAST) as node:
         node.subscribe(Image, "match_image", node.pictures.append)
         node.wait_until_connected()
@@ -363,7 +363,7 @@ def test_pictures_are_sent_on_demand(tmp_path: Path) -> None:
         assert (pixels.max(axis=2) != pixels.min(axis=2)).sum() > 500, "the matches are drawn in colour"
 
 
-def test_parameters_change_at_a_frame_boundary_or_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_parameters_change_while_the_node_runs_or_are_refused_with_the_reason(tmp_path: Path) -> None:
     with running_node(tmp_path, **FAST) as node:
         node.wait_until_connected()
         assert set_parameters(node, max_keypoints=40).successful
@@ -385,7 +385,7 @@ def test_parameters_change_at_a_frame_boundary_or_are_refused_with_the_reason(tm
         assert "when the node is configured" in described[2].additional_constraints
 
 
-def test_the_lifecycle_can_be_walked_and_a_failed_configuration_mended(tmp_path: Path) -> None:
+def test_lifecycle_transitions_work_and_a_failed_configuration_can_be_corrected(tmp_path: Path) -> None:
     with running_node(tmp_path, autostart=False, extractor="no-such-weights", **FAST) as node:
         assert state(node) == "unconfigured"
         assert not change_state(node, "configure")
@@ -410,7 +410,7 @@ def test_the_lifecycle_can_be_walked_and_a_failed_configuration_mended(tmp_path:
         assert node.stop() == 0
 
 
-def test_the_node_ends_cleanly_when_asked_to_while_it_works(tmp_path: Path) -> None:
+def test_the_node_ends_cleanly_on_sigterm_while_it_processes_frames(tmp_path: Path) -> None:
     with running_node(tmp_path, **FAST) as node:
         node.wait_until_connected()
         send_frames(node, 8)
@@ -424,7 +424,7 @@ def test_a_start_with_a_bad_parameter_says_what_is_wrong(tmp_path: Path) -> None
         assert "precision is 'float12'" in node.log and "Traceback" not in node.log
 
 
-def test_a_quality_of_service_that_does_not_match_is_named_whoever_asks_for_it(tmp_path: Path) -> None:
+def test_an_incompatible_quality_of_service_of_a_publisher_or_subscriber_is_reported(tmp_path: Path) -> None:
     demanding = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
     wanted = {"qos_overrides./image.subscription.durability": "transient_local"}
     with running_node(tmp_path, **wanted, **FAST) as node:
@@ -438,7 +438,7 @@ def test_a_quality_of_service_that_does_not_match_is_named_whoever_asks_for_it(t
         node.wait_for(lambda: "a subscriber of" not in node.message(), "the subscriber to be forgotten")
 
 
-def test_simulated_time_that_stands_still_stops_nothing(tmp_path: Path) -> None:
+def test_the_node_works_while_simulated_time_stands_still(tmp_path: Path) -> None:
     with running_node(tmp_path, use_sim_time=True, **FAST) as node:
         node.wait_until_connected()
         send_frames(node, 3)
@@ -446,7 +446,7 @@ def test_simulated_time_that_stands_still_stops_nothing(tmp_path: Path) -> None:
         node.wait_for_figure("frames processed", "3")
 
 
-def test_a_frame_that_needs_more_memory_than_there_is_is_given_up_and_the_next_one_matched(tmp_path: Path) -> None:
+def test_a_frame_that_needs_too_much_memory_is_rejected_and_later_ones_are_matched(tmp_path: Path) -> None:
     with running_node(tmp_path, max_keypoints=256) as node:  # the memory left would suffice for the fast networks
         node.wait_until_connected()
         send_frames(node, 2)

@@ -44,7 +44,7 @@ def test_a_node_that_cannot_start_by_itself_ends_with_status_1(
         assert said in node.log and "Traceback" not in node.log
 
 
-def test_what_ros_refuses_is_refused_before_pytorch_is_loaded() -> None:
+def test_a_start_that_ros_refuses_fails_before_pytorch_is_loaded() -> None:
     code = (
         "import os, sys; from kpmatch_ros.ros.main import main\n"
         "os.environ['ROS_DOMAIN_ID'] = '233'\n"
@@ -58,13 +58,13 @@ def test_what_ros_refuses_is_refused_before_pytorch_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("content", "said"), [(None, "Error opening YAML file"), ("matcher:\n  border: 5\n", "before ros__parameters")]
 )
-def test_a_parameter_file_that_ros_cannot_read_is_named_in_a_line(
+def test_a_parameter_file_that_ros_cannot_read_is_reported_by_name(
     content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "robot.yaml"
     if content is not None:
         file.write_text(content)
-    done = ended(monkeypatch, "--params-file", str(file))
+    done = run_until_exit(monkeypatch, "--params-file", str(file))
     assert done.returncode == 1
     assert "matcher: ROS cannot start with these arguments: " in done.stderr
     assert str(file) in done.stderr and said in done.stderr and "Traceback" not in done.stderr
@@ -78,21 +78,23 @@ def test_a_parameter_file_that_ros_cannot_read_is_named_in_a_line(
         (["--help"], 0, "usage: matcher --ros-args"),
     ],
 )
-def test_what_stands_before_ros_args_is_not_taken_in_silence(words: list[str], status: int, said: str) -> None:
+def test_arguments_before_ros_args_are_not_silently_ignored(words: list[str], status: int, said: str) -> None:
     done = subprocess.run([sys.executable, MATCHER, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == status
     assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_node_that_may_not_write_a_log_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_cannot_write_logs_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # a place where not even root can create a folder
-    done = ended(monkeypatch)
+    done = run_until_exit(monkeypatch)
     assert done.returncode == 1 and "with these arguments" not in done.stderr
     assert "/proc/log" in done.stderr and "set ROS_LOG_DIR to a folder that" in done.stderr
 
 
 @pytest.mark.parametrize("domain", ["233", "4294967296"])
-def test_a_domain_that_dds_does_not_have_is_named_in_a_line(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_domain_id_that_dds_does_not_support_is_reported_in_one_line(
+    domain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fast DDS ends the process with its own text when the first node is created."""
     monkeypatch.setenv("ROS_DOMAIN_ID", domain)
     done = subprocess.run([sys.executable, MATCHER], capture_output=True, text=True, timeout=120)
@@ -100,12 +102,12 @@ def test_a_domain_that_dds_does_not_have_is_named_in_a_line(domain: str, monkeyp
     assert (done.returncode, done.stderr) == (1, said)
 
 
-def test_a_middleware_without_dds_has_any_domain() -> None:
+def test_a_middleware_without_dds_accepts_any_domain_id() -> None:
     assert domain_fault(233, "rmw_zenoh_cpp") == ""
     assert domain_fault(232, "rmw_cyclonedds_cpp") == "" != domain_fault(233, "rmw_cyclonedds_cpp")
 
 
-def test_a_signal_that_shuts_ros_down_at_the_same_time_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shutting_down_at_the_same_time_as_a_signal_raises_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def race(context: rclpy.Context) -> None:
         monkeypatch.undo()  # only once
         context.shutdown()  # as rclpy's signal thread does
@@ -126,7 +128,7 @@ def test_a_signal_that_shuts_ros_down_at_the_same_time_is_no_fault(monkeypatch: 
             rclpy.try_shutdown()
 
 
-def test_a_signal_that_ros_has_not_heard_of_yet_is_waited_for() -> None:
+def test_a_shutdown_of_ros_that_follows_shortly_is_waited_for() -> None:
     with domain_id() as domain:
         rclpy.init(domain_id=domain)
         try:
@@ -139,27 +141,27 @@ def test_a_signal_that_ros_has_not_heard_of_yet_is_waited_for() -> None:
             rclpy.try_shutdown()
 
 
-def test_what_fails_because_the_node_was_told_to_end_is_no_fault(capfd: pytest.CaptureFixture[str]) -> None:
-    told: list[Exception] = []
+def test_an_error_in_a_callback_is_reported_unless_ros_was_shut_down(capfd: pytest.CaptureFixture[str]) -> None:
+    reported: list[Exception] = []
     with domain_id() as domain:
         context = rclpy.Context()
         rclpy.init(context=context, domain_id=domain)
         node = rclpy.create_node("matcher", context=context)
         try:
             publisher = node.create_publisher(String, "status", 10)
-            survives(lambda: dict()["?"], node, told.append)()
-            assert "KeyError" in capfd.readouterr().err and len(told) == 1
+            survives(lambda: dict()["?"], node, reported.append)()
+            assert "KeyError" in capfd.readouterr().err and len(reported) == 1
             rclpy.shutdown(context=context)
             with pytest.raises((RCLError, InvalidHandle)):  # Jazzy, Kilted
                 publisher.publish(String())
-            survives(lambda: publisher.publish(String()), node, told.append)()
-            assert capfd.readouterr().err == "" and len(told) == 1
+            survives(lambda: publisher.publish(String()), node, reported.append)()
+            assert capfd.readouterr().err == "" and len(reported) == 1
         finally:
             node.destroy_node()
             rclpy.try_shutdown(context=context)
 
 
-def test_a_transition_that_a_signal_breaks_into_is_no_fault(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_a_transition_is_reported_unless_ros_was_shut_down(capfd: pytest.CaptureFixture[str]) -> None:
     class Matcher(Node):
         fault = ""
 
@@ -185,7 +187,7 @@ def test_a_transition_that_a_signal_breaks_into_is_no_fault(capfd: pytest.Captur
 
 
 @pytest.mark.parametrize("while_loading", [True, False])
-def test_ctrl_c_twice_before_ros_listens_ends_the_node_without_a_fuss(while_loading: bool, tmp_path: Path) -> None:
+def test_ctrl_c_twice_during_startup_ends_the_node_without_a_traceback(while_loading: bool, tmp_path: Path) -> None:
     package = tmp_path / "kpmatch_ros"  # replaces the real one: the first Ctrl-C comes in it, the second at the end
     (package / "ros").mkdir(parents=True)
     again = "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
@@ -200,7 +202,7 @@ def test_ctrl_c_twice_before_ros_listens_ends_the_node_without_a_fuss(while_load
     assert (done.returncode, done.stderr) == (130, "")
 
 
-def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_until_exit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the node's process with ROS arguments with which it cannot start."""
     with domain_id() as domain:
         monkeypatch.setenv("ROS_DOMAIN_ID", str(domain))

@@ -39,7 +39,7 @@ def typed(name: str, kind: int) -> ParameterMessage:
     return message
 
 
-def test_a_transition_that_is_not_allowed_is_refused_by_id_as_by_label(tmp_path: Path) -> None:
+def test_a_transition_that_is_not_allowed_is_refused_by_id_and_by_label(tmp_path: Path) -> None:
     with running_node(tmp_path, matcher="nearest", **SMALL) as node:
         node.wait_until_connected()
         for number in (1, 2, 3, 10, 50, 99, 255):  # configure, cleanup and activate are transitions of other states
@@ -55,7 +55,7 @@ def test_a_transition_that_is_not_allowed_is_refused_by_id_as_by_label(tmp_path:
         assert "Traceback" not in node.log
 
 
-def test_parameters_of_unknown_types_and_endless_lists_are_refused(tmp_path: Path) -> None:
+def test_parameters_of_unknown_types_and_very_long_lists_are_refused(tmp_path: Path) -> None:
     with running_node(tmp_path, autostart=False) as node:
         node.wait_for(node.is_there, "the node")
         good = Parameter("max_keypoints", value=77).to_parameter_msg()
@@ -103,7 +103,7 @@ def test_parameters_of_unknown_types_and_endless_lists_are_refused(tmp_path: Pat
         assert "Traceback" not in node.log
 
 
-def test_a_negative_time_on_the_clock_is_counted_and_named_and_ends_nothing(tmp_path: Path) -> None:
+def test_a_negative_time_on_the_clock_is_counted_and_reported_and_the_node_goes_on(tmp_path: Path) -> None:
     with running_node(tmp_path, calibrated=False, use_sim_time=True, matcher="nearest", **SMALL) as node:
         node.wait_until_connected()
         clock = node.node.create_publisher(Clock, "/clock", 10)
@@ -118,7 +118,7 @@ def test_a_negative_time_on_the_clock_is_counted_and_named_and_ends_nothing(tmp_
         assert node.stop() == 0
 
 
-def test_a_profile_decides_what_the_node_was_not_given(tmp_path: Path) -> None:
+def test_a_profile_sets_the_parameters_that_were_not_given(tmp_path: Path) -> None:
     with running_node(tmp_path, autostart=False, profile="fast", matcher="nearest") as node:
         node.wait_for(node.is_there, "the node")
         request = GetParameters.Request(names=["profile", "matcher", "max_keypoints"])
@@ -126,7 +126,7 @@ def test_a_profile_decides_what_the_node_was_not_given(tmp_path: Path) -> None:
         assert [values[0].string_value, values[1].string_value, values[2].integer_value] == ["fast", "nearest", 512]
 
 
-def test_a_node_says_that_it_loads_and_that_it_is_finalized(tmp_path: Path) -> None:
+def test_the_diagnostics_say_that_the_node_loads_networks_or_is_finalized(tmp_path: Path) -> None:
     with running_node(tmp_path, autostart=False, matcher="nearest", **SMALL) as node:
         node.wait_for(lambda: node.diagnostics, "diagnostics")
         request = ChangeState.Request()

@@ -53,7 +53,9 @@ def write(path: Path, *records: tuple[str, str, int, Any]) -> Path:
     return path
 
 
-def test_messages_that_are_no_images_cost_no_image_beside_them(frames: list[Any], tmp_path: Path, kpmatch: Run) -> None:
+def test_damaged_or_foreign_messages_are_left_out_and_all_valid_images_are_used(
+    frames: list[Any], tmp_path: Path, kpmatch: Run
+) -> None:
     text, info = new_message(TEXT, data="?"), camera_info_message(CAMERA, FIRST, "eye")
     damaged = [bytes(typestore().serialize_cdr(frames[0], IMAGE))[:length] for length in (0, 4, 40, 1000)]
     bag = write(
@@ -79,7 +81,7 @@ def test_messages_that_are_no_images_cost_no_image_beside_them(frames: list[Any]
         list(read_messages(bag, {"/eye/image": [IMAGE]}))
 
 
-def test_a_bag_of_nothing_but_damaged_images_says_what_is_wrong_with_them(tmp_path: Path, kpmatch: Run) -> None:
+def test_a_bag_with_only_damaged_images_is_refused_with_the_reason(tmp_path: Path, kpmatch: Run) -> None:
     bag = write(tmp_path / "in", *[("/image", IMAGE, stamp, b"\0\1\0\0") for stamp in stamps(3)])
     status, _, err = kpmatch("bag", bag, tmp_path / "out", *QUICK)
     assert status == 2 and err.count("\n") == 1
@@ -87,7 +89,7 @@ def test_a_bag_of_nothing_but_damaged_images_says_what_is_wrong_with_them(tmp_pa
 
 
 @pytest.mark.parametrize(("storage", "mode"), [("MCAP", "STORAGE"), ("SQLITE3", "MESSAGE")])
-def test_what_becomes_too_large_when_decompressed_is_named(
+def test_data_that_is_too_large_when_decompressed_is_refused(
     tmp_path: Path, storage: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = new_message(IMAGE, encoding="mono8", data=np.zeros(2_000_000, np.uint8))
@@ -114,7 +116,7 @@ def test_raw_and_compressed_images_on_one_topic_are_one_camera(frames: list[Any]
     assert status == 0 and json.loads(out)["frames"] == 3, err
 
 
-def test_the_last_time_that_a_message_can_hold_is_never_exceeded(
+def test_stamps_beyond_the_largest_time_of_a_message_are_clamped(
     frames: list[Any], tmp_path: Path, kpmatch: Run
 ) -> None:
     frames[2].header.stamp.sec, frames[2].header.stamp.nanosec = 2**31 - 1, 2**32 - 1
@@ -131,7 +133,7 @@ def test_the_last_time_that_a_message_can_hold_is_never_exceeded(
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 @pytest.mark.parametrize("most", [100, 30_000])
-def test_a_full_disk_is_named_with_the_file_and_leaves_nothing_behind(
+def test_a_full_disk_is_reported_with_the_file_and_no_output_is_left(
     frames: list[Any], tmp_path: Path, kpmatch: Run, storage: Any, most: int
 ) -> None:
     with BagWriter(tmp_path / "in", storage) as bag:
@@ -150,7 +152,7 @@ def test_a_full_disk_is_named_with_the_file_and_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_bag_that_appears_in_the_meantime_is_named_and_no_file_beside_it_is_left(
+def test_an_output_bag_created_by_another_program_is_reported_and_no_other_output_is_left(
     frames: list[Any], tmp_path: Path, kpmatch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with BagWriter(tmp_path / "in") as bag:
@@ -170,7 +172,7 @@ def test_a_bag_that_appears_in_the_meantime_is_named_and_no_file_beside_it_is_le
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_frames_do_not_wait_without_end_where_the_recorders_clock_goes_back(
+def test_the_number_of_waiting_frames_is_limited_if_the_recorders_clock_goes_back(
     frames: list[Any], tmp_path: Path, kpmatch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -213,7 +215,9 @@ def write_frames(frames: list[Any], path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--poses", "--report", "--rerun"])
-def test_what_is_no_file_is_not_replaced_by_one(frames: list[Any], tmp_path: Path, kpmatch: Run, option: str) -> None:
+def test_a_pipe_or_device_is_not_replaced_by_a_file(
+    frames: list[Any], tmp_path: Path, kpmatch: Run, option: str
+) -> None:
     if option == "--rerun":
         pytest.importorskip("rerun")
     write_frames(frames, tmp_path / "in")
@@ -225,7 +229,7 @@ def test_what_is_no_file_is_not_replaced_by_one(frames: list[Any], tmp_path: Pat
     assert (tmp_path / "pipe").is_fifo() and not (tmp_path / "out").exists()
 
 
-def test_a_link_stays_a_link_and_its_file_is_written(frames: list[Any], tmp_path: Path, kpmatch: Run) -> None:
+def test_a_symbolic_link_stays_and_its_target_is_written(frames: list[Any], tmp_path: Path, kpmatch: Run) -> None:
     write_frames(frames, tmp_path / "in")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "poses.txt").symlink_to("elsewhere/poses.txt")
@@ -235,7 +239,7 @@ def test_a_link_stays_a_link_and_its_file_is_written(frames: list[Any], tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "in", "out", "poses.txt"]
 
 
-def test_no_place_for_what_a_bag_decompresses_to_is_no_fault_of_the_bag(
+def test_a_full_disk_during_decompression_is_not_reported_as_a_damaged_bag(
     frames: list[Any], tmp_path: Path, kpmatch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:

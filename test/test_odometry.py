@@ -47,7 +47,7 @@ def test_forward_is_x_of_the_odometry_frame_and_left_is_y() -> None:
     np.testing.assert_allclose([first.position, second.position, third.position], [[1, 0, 0], [1, 1, 0], [1, 1, 1]])
 
 
-def test_the_covariance_is_that_of_the_chained_errors() -> None:
+def test_the_covariance_agrees_with_the_errors_of_chained_poses() -> None:
     random, trials, steps = np.random.default_rng(0), 1000, 6
     exact = start = OdometryPose(np.eye(3), np.zeros(3), np.zeros((6, 6)), 0)
     for _ in range(steps):
@@ -66,7 +66,7 @@ def test_the_covariance_is_that_of_the_chained_errors() -> None:
     assert low < np.mean(values) < high
 
 
-def test_the_uncertainty_grows_also_while_standing() -> None:
+def test_the_uncertainty_grows_even_while_the_camera_stands() -> None:
     odometry = Odometry()
     poses = [
         odometry.add(pair(i, i + 1, step(np.zeros(3), np.zeros(3), PoseStatus.NO_TRANSLATION), i == 1))
@@ -97,7 +97,7 @@ def chain(scene: Scene, steps: int = 25) -> tuple[list[PoseStatus], OdometryPose
     return statuses, pose
 
 
-def test_a_camera_that_creeps_is_followed_though_no_pair_can_tell_that_it_moves() -> None:
+def test_slow_motion_adds_up_although_most_pairs_do_not_detect_it() -> None:
     moved = np.array([0.05e-3, 0.02e-3, 0.2e-3])
     statuses, pose = chain(Scene(rotation=(0, 0, 0), translation=tuple(moved), noise=0.1))
     assert statuses.count(PoseStatus.NO_TRANSLATION) > 0.8 * len(statuses)
@@ -107,12 +107,12 @@ def test_a_camera_that_creeps_is_followed_though_no_pair_can_tell_that_it_moves(
     assert turned @ np.linalg.solve(pose.covariance[3:, 3:], turned) < 25
 
 
-def test_a_camera_that_stands_keeps_its_place() -> None:
+def test_a_standing_camera_keeps_its_position() -> None:
     statuses, pose = chain(Scene(rotation=(0, 0, 0), translation=(0, 0, 0), noise=0.1))
     assert set(statuses) == {PoseStatus.NO_TRANSLATION} and not pose.position.any()
 
 
-def test_what_was_unseen_turns_with_the_camera_and_a_twist_shows_its_own_step() -> None:
+def test_undetected_motion_is_added_later_and_a_twist_covers_only_its_own_step() -> None:
     """The camera moves slowly and undetected, then by a metre, and then slowly until the motion is detected."""
     still, creep = np.eye(3), np.array([0.0, 0.0, 0.004])
     spread = np.diag([1e-6] * 3 + [1e-8] * 3)
@@ -138,7 +138,9 @@ def test_what_was_unseen_turns_with_the_camera_and_a_twist_shows_its_own_step() 
 
 
 @pytest.mark.parametrize(("metric", "breaks", "steps"), [(False, 0, 4), (True, 1, 3)])
-def test_one_cameras_chain_goes_on_by_the_likelier_motion_and_says_so(metric: bool, breaks: int, steps: int) -> None:
+def test_a_monocular_chain_continues_with_the_likelier_motion_and_marks_it_as_ambiguous(
+    metric: bool, breaks: int, steps: int
+) -> None:
     """A frame that is AMBIGUOUS becomes the next reference. For a stereo pair this is so only for a second one."""
     stream, turn = io.StringIO(), np.array([0, np.radians(10), 0])
     trajectory = Trajectory(stream)
@@ -164,13 +166,13 @@ def test_a_lost_frame_breaks_the_chain_and_a_new_one_begins() -> None:
     assert odometry.breaks == 2, "its reference is not known any more"
 
 
-def test_tracks_that_begin_again_break_no_chain_of_frames_that_are_known() -> None:
+def test_new_tracks_do_not_break_the_chain_if_the_reference_frame_is_known() -> None:
     odometry = Odometry()
     chains = [odometry.add(pair(1, 2, reset=True)).chain, odometry.add(pair(2, 3, reset=True)).chain]
     assert chains == [0, 0] and odometry.breaks == 0
 
 
-def test_twists_of_a_creeping_camera_average_to_its_velocity() -> None:
+def test_twists_of_a_slowly_moving_camera_average_to_its_velocity() -> None:
     """Each twist may be zero within its covariance, but their average is not."""
     moved, odometry, twists = np.array([0, 0, 0.2e-3]), Odometry(), []
     scene = Scene(rotation=(0, 0, 0), translation=tuple(moved), noise=0.1)
@@ -186,7 +188,7 @@ def test_twists_of_a_creeping_camera_average_to_its_velocity() -> None:
     assert abs(mean) < 4 * sigma < moved[2]
 
 
-def test_what_begins_again_is_a_chain_of_its_own_unless_there_was_none() -> None:
+def test_forgetting_starts_a_new_chain_unless_there_was_none() -> None:
     odometry = Odometry()
     odometry.forget()
     chains = []
@@ -196,7 +198,7 @@ def test_what_begins_again_is_a_chain_of_its_own_unless_there_was_none() -> None
     assert chains == [0, 1, 2] and odometry.breaks == 2
 
 
-def test_a_frame_lost_between_others_that_see_the_keyframe_breaks_nothing() -> None:
+def test_a_lost_frame_does_not_break_the_chain_if_the_next_one_matches_the_keyframe() -> None:
     odometry = Odometry()
     first = odometry.add(pair(1, 2, reset=True))
     assert odometry.add(pair(1, 3, LOST)) is None
@@ -205,27 +207,27 @@ def test_a_frame_lost_between_others_that_see_the_keyframe_breaks_nothing() -> N
     np.testing.assert_allclose(third.position, first.position)
 
 
-def test_frames_of_one_keyframe_are_no_less_certain_one_after_the_other() -> None:
+def test_the_covariance_does_not_grow_between_frames_with_the_same_keyframe() -> None:
     odometry = Odometry()
     first, second = odometry.add(pair(1, 2, reset=True)), odometry.add(pair(1, 3))
     np.testing.assert_allclose(first.covariance, second.covariance)
     assert np.trace(odometry.add(pair(3, 4)).covariance) > np.trace(second.covariance)
 
 
-def test_poses_without_metres_are_not_chained() -> None:
+def test_poses_without_metric_scale_are_not_chained() -> None:
     unit = RelativePose(PoseStatus.OK, np.eye(3), np.array([1.0, 0, 0]), np.eye(6), False, 100, 90, 5.0, None)
     odometry = Odometry()
     assert odometry.add(pair(1, 2, unit, reset=True)) is None and odometry.breaks == 0
 
 
-def test_there_is_a_pose_where_two_motions_are_alike_but_none_to_chain() -> None:
+def test_an_ambiguous_pose_is_a_pose_but_is_not_chained() -> None:
     assert [status.name for status in PoseStatus if status.has_pose] == ["OK", "NO_TRANSLATION", "AMBIGUOUS"]
     assert [status.name for status in PoseStatus if status.is_certain] == ["OK", "NO_TRANSLATION"]
     odometry = Odometry()
     assert odometry.add(pair(1, 2, step(status=PoseStatus.AMBIGUOUS), reset=True)) is None
 
 
-def test_the_twist_is_the_motion_since_the_frame_before_also_with_a_keyframe() -> None:
+def test_the_twist_is_the_motion_since_the_previous_frame_even_with_a_keyframe() -> None:
     """0.5 m forward and 0.3 rad about y per frame, at ten frames per second, in the camera's own frame."""
 
     def at(reference: int, current: int, count: int) -> Any:
@@ -250,7 +252,7 @@ def test_the_twist_is_the_motion_since_the_frame_before_also_with_a_keyframe() -
     assert np.trace(seen[1].twist.covariance) > 1.5 * np.trace(steps[1].twist.covariance)
 
 
-def test_the_twists_covariance_is_what_errors_of_the_poses_make_of_it() -> None:
+def test_the_twists_covariance_agrees_with_the_errors_of_the_poses() -> None:
     """2 m per frame: a rotation error changes the direction of the velocity in the camera's own axes."""
     generator, draws = np.random.default_rng(0), 1000
     first, second = np.array([0.1, 0, 2.0]), np.array([0.3, 0, 4.0])
@@ -269,10 +271,10 @@ def test_the_twists_covariance_is_what_errors_of_the_poses_make_of_it() -> None:
         return pose.twist
 
     for reference in (2, 1):
-        told = twist(reference, np.zeros((2, 6)))
+        nominal = twist(reference, np.zeros((2, 6)))
         drawn = generator.normal(size=(draws, 2, 6)) @ SPREAD.T
-        off = np.array([twist(reference, errors).velocity - told.velocity for errors in drawn])
-        squares = np.einsum("ni,ij,nj->n", off, np.linalg.inv(told.covariance), off)
+        off = np.array([twist(reference, errors).velocity - nominal.velocity for errors in drawn])
+        squares = np.einsum("ni,ij,nj->n", off, np.linalg.inv(nominal.covariance), off)
         assert squares.mean() == pytest.approx(6, abs=5 * np.sqrt(12 / draws))  # chi-square with mean 6, five sigma
 
 
@@ -287,7 +289,7 @@ def at(number: int, seconds: float, reference: tuple[int, float], pose: Relative
     return found
 
 
-def test_the_velocity_is_that_since_the_last_pose_not_since_an_old_keyframe() -> None:
+def test_the_velocity_covers_the_time_since_the_last_pose_not_since_an_old_keyframe() -> None:
     odometry, keyframe = Odometry(), (1, 0.0)
     stands = step(np.zeros(3), np.zeros(3), PoseStatus.NO_TRANSLATION)
     odometry.add(at(2, 4.0, keyframe, stands, reset=True))
@@ -297,7 +299,7 @@ def test_the_velocity_is_that_since_the_last_pose_not_since_an_old_keyframe() ->
     np.testing.assert_allclose(moved.twist.velocity[:3], [0, 0, 1.0], atol=1e-9)  # 0.2 m in 0.2 s, not in 4.2 s
 
 
-def test_a_chain_that_begins_at_an_old_keyframe_has_a_place_and_no_velocity_yet() -> None:
+def test_a_chain_that_starts_at_an_old_keyframe_has_a_position_but_no_velocity_yet() -> None:
     odometry, keyframe = Odometry(), (1, 0.0)
     odometry.add(at(2, 4.0, keyframe, step(), reset=True))
     odometry.forget()

@@ -84,7 +84,7 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], list[str]]
     return lambda built_in, starting: Sessions(built_in, starting, monkeypatch)
 
 
-def test_what_the_installed_runtime_lacks_is_said_and_the_next_is_taken(weights: Path, images: list[Any]) -> None:
+def test_missing_providers_are_reported_and_the_next_available_one_is_used(weights: Path, images: list[Any]) -> None:
     said = f"onnxruntime {VERSION} lacks the providers tensorrt (not built in), cuda (not built in); it runs on cpu"
     with pytest.warns(RuntimeWarning, match=r"lacks the providers tensorrt .* it runs on cpu$"):
         matcher = load(weights, "tensorrt, cuda,cpu")
@@ -96,7 +96,7 @@ def test_what_the_installed_runtime_lacks_is_said_and_the_next_is_taken(weights:
     assert torch.equal(found[0].indices, found[1].indices)
 
 
-def test_where_nothing_wished_for_is_there_the_error_names_what_is(weights: Path, sessions: Any) -> None:
+def test_if_no_requested_provider_is_available_the_error_lists_the_available_ones(weights: Path, sessions: Any) -> None:
     with pytest.raises(ParameterError, match=rf"onnxruntime {VERSION} has no tensorrt or cuda .*; it has cpu; or use"):
         load(weights, "tensorrt,cuda")
     sessions(["cuda", "openvino", "cpu"], ["openvino", "cpu"])
@@ -106,7 +106,7 @@ def test_where_nothing_wished_for_is_there_the_error_names_what_is(weights: Path
         load(weights, "tensorrt,cuda")
 
 
-def test_what_is_built_in_and_does_not_start_is_said(weights: Path, sessions: Any) -> None:
+def test_a_built_in_provider_that_does_not_start_is_reported(weights: Path, sessions: Any) -> None:
     imitated = sessions(["tensorrt", "cuda", "cpu"], ["cuda", "cpu"])
     with pytest.warns(
         RuntimeWarning,
@@ -118,7 +118,7 @@ def test_what_is_built_in_and_does_not_start_is_said(weights: Path, sessions: An
         assert [name for name, _ in providers] == [PROVIDERS[name] for name in ("tensorrt", "cuda", "cpu")]
 
 
-def test_tensorrt_is_told_its_folder_its_shapes_and_its_number_format(
+def test_tensorrt_gets_its_cache_folder_its_shapes_and_its_precision(
     weights: Path, random_folder: Any, images: list[Any], sessions: Any, tmp_path: Path
 ) -> None:
     imitated = sessions(["tensorrt", "cpu"], ["tensorrt", "cpu"])
@@ -142,7 +142,9 @@ def test_tensorrt_is_told_its_folder_its_shapes_and_its_number_format(
     assert ranges[1]["keypoints0"] == [1, 1024, 2] and ranges[2]["descriptors1"][1:] == [4096, 64]
 
 
-def test_what_an_engine_does_not_take_is_left_to_pytorch(weights: Path, images: list[Any], sessions: Any) -> None:
+def test_inputs_outside_the_range_of_an_engine_are_computed_by_pytorch(
+    weights: Path, images: list[Any], sessions: Any
+) -> None:
     imitated = sessions(["tensorrt", "cpu"], ["tensorrt", "cpu"])
     matcher = load(weights, "tensorrt")
     first, second, small = (matcher.extract(image) for image in (*images, images[0][:56, :80]))
@@ -155,7 +157,7 @@ def test_what_an_engine_does_not_take_is_left_to_pytorch(weights: Path, images: 
     assert imitated.runs == [2, 1]
 
 
-def test_float16_is_for_tensorrt_alone_and_names_are_checked() -> None:
+def test_float16_requires_tensorrt_and_provider_names_are_checked() -> None:
     with pytest.raises(
         ParameterError, match="precision is 'float16', but backend onnxruntime supports only auto or float32"
     ):

@@ -35,7 +35,7 @@ def camera_of_another_user(node: NodeUnderTest, environment: dict[str, str]) -> 
                 left.unlink()
 
 
-def test_another_users_camera_is_named_and_is_heard_over_udp(tmp_path: Path) -> None:
+def test_another_users_camera_is_reported_and_is_received_over_udp(tmp_path: Path) -> None:
     # With LOCALHOST, rmw_fastrtps uses shared memory regardless of the environment.
     parameters = {"profile": "fast", "matcher": "nearest", "max_keypoints": 60}
     with running_node(tmp_path, calibrated=False, discovery_range="SUBNET", **parameters) as node:

@@ -40,7 +40,7 @@ def with_prior(problem: Problem, prior: Motion) -> RelativePose:
 
 @pytest.mark.parametrize("motion", MOTIONS)
 @pytest.mark.parametrize("tilt", [10, 30, 50])
-def test_on_a_plane_no_pose_is_wrong_and_sure(tilt: int, motion: str) -> None:
+def test_no_pose_of_a_plane_is_wrong_and_certain(tilt: int, motion: str) -> None:
     for seed in range(4):
         problem = plane(tilt, motion, seed)
         assert not judge(problem.estimate(), problem.truth).wrong_and_sure
@@ -63,14 +63,14 @@ def test_a_plane_seen_while_moving_towards_it_is_ambiguous_and_its_covariance_co
     assert ambiguous >= 7
 
 
-def test_a_plane_seen_sideways_is_certain_by_what_lies_in_front() -> None:
+def test_sideways_motion_along_a_plane_gives_a_certain_and_correct_pose() -> None:
     for seed in range(6):
         problem = plane(30, "sideways", seed)
         outcome = judge(problem.estimate(), problem.truth)
         assert outcome.status is PoseStatus.OK and outcome.direction < 3
 
 
-def test_of_a_plane_in_a_strip_of_an_image_the_covariance_is_as_long_as_the_matches_leave_the_motion_free() -> None:
+def test_the_covariance_for_a_plane_in_a_narrow_image_is_neither_too_small_nor_too_large() -> None:
     # Along the likelihood's ridge the epipolar lines rotate, and noise alone makes wrong motions far more likely.
     strip = pinhole(400.0, 640, 160)
     scene = Scene(plane=True, camera0=strip, camera1=strip, noise=0.3, outliers=0.1)
@@ -85,7 +85,7 @@ def test_of_a_plane_in_a_strip_of_an_image_the_covariance_is_as_long_as_the_matc
     assert np.median(lengths) > 0.3  # not much longer than necessary
 
 
-def test_points_off_the_plane_decide() -> None:
+def test_points_off_the_plane_resolve_the_ambiguity() -> None:
     for seed in range(6):
         problem = plane(30, "towards", seed)
         scene = Scene(depth=(2, 4), rotation=(0.0, 0.0, 0.0), translation=(0, 0, 0)).matches(60, seed)[0]
@@ -101,7 +101,7 @@ def test_points_off_the_plane_decide() -> None:
         assert outcome.status is PoseStatus.OK and outcome.rotation < 0.5 and outcome.direction < 5
 
 
-def test_the_motion_before_decides_for_the_right_one_and_for_no_other() -> None:
+def test_a_prior_near_the_true_motion_resolves_the_ambiguity_and_a_distant_one_does_not() -> None:
     for seed in range(6):
         problem = plane(30, "towards", seed)
         truth = true_motion(problem)
@@ -113,7 +113,7 @@ def test_the_motion_before_decides_for_the_right_one_and_for_no_other() -> None:
         assert with_prior(problem, far).status is PoseStatus.AMBIGUOUS
 
 
-def test_a_right_rival_is_refuted_no_more_often_than_stated() -> None:
+def test_the_true_motion_is_rejected_as_a_rival_hardly_more_often_than_stated() -> None:
     # With a bound of 5 %, the rate is measurable: this is Vuong's test, whose statistic is normally distributed.
     scores = []
     for seed in range(60):
@@ -136,7 +136,7 @@ def test_a_scene_with_depth_is_never_ambiguous() -> None:
 
 
 @pytest.mark.parametrize("part", [0.2, 0.33, 0.4, 0.5, 0.6])
-def test_what_moves_with_the_camera_does_not_mislead_it(part: float) -> None:
+def test_the_robots_own_body_in_the_image_does_not_give_a_wrong_pose(part: float) -> None:
     for seed in range(4):
         problem = body(part, seed)
         pose = problem.estimate()
@@ -154,7 +154,7 @@ def test_matches_on_the_body_are_outliers() -> None:
     assert inliers is not None and inliers[still].mean() < 0.02 and inliers[~still].mean() > 0.8
 
 
-def test_the_motion_before_tells_a_large_body_from_a_standing_camera() -> None:
+def test_a_prior_distinguishes_a_large_body_in_the_image_from_a_standing_camera() -> None:
     for seed in range(4):
         problem = body(0.6, seed)
         assert problem.estimate().status is PoseStatus.AMBIGUOUS
@@ -162,7 +162,7 @@ def test_the_motion_before_tells_a_large_body_from_a_standing_camera() -> None:
         assert outcome.status is PoseStatus.OK and outcome.direction < 1
 
 
-def test_far_points_that_hardly_move_are_no_body() -> None:
+def test_far_points_that_hardly_move_are_not_taken_for_the_robots_body() -> None:
     for seed in range(4):
         scene = Scene(rotation=(0.0, 0.0, 0.0), far=0.5, noise=0.1)
         pose = scene.estimate(400, seed, keypoint_resolution=0)
@@ -172,13 +172,13 @@ def test_far_points_that_hardly_move_are_no_body() -> None:
 # Covariances that include two motions
 
 
-def test_a_covariance_covers_another_motion_by_its_distance() -> None:
+def test_the_covariance_is_enlarged_by_the_squared_distance_to_the_other_motion() -> None:
     chosen = Motion(np.eye(3), np.array([0.0, 0.0, 1.0]))
     other = Motion(cv2.Rodrigues(np.array([0.1, 0.0, 0.0]))[0], np.array([0.0, 0.6, 0.8]))
     np.testing.assert_allclose(spread(chosen, other).diagonal(), [0, 0.36, 0.04, 0.01, 0, 0], atol=1e-12)
 
 
-def test_two_motions_like_the_one_before_stay_undecided() -> None:
+def test_a_prior_does_not_decide_between_two_motions_that_are_both_near_it() -> None:
     one = Motion(np.eye(3), np.array([0.0, 0.0, 1.0]))
     close = one.moved(np.array([0.0, 0.01, 0.0, 0.1, 0.0]))
     distant = one.moved(np.array([0.0, 0.2, 0.0, 0.6, 0.0]))
@@ -190,7 +190,7 @@ def test_two_motions_like_the_one_before_stay_undecided() -> None:
 
 
 @pytest.mark.parametrize("kind", WEAK)
-def test_where_the_scene_tells_little_a_pose_says_so(kind: str) -> None:
+def test_poses_of_weakly_constrained_scenes_are_not_overconfident(kind: str) -> None:
     # Without the search for other maxima of the likelihood, 5 % of the small areas were wrong and certain, and 20 % of
     # the pairs with coarse keypoints.
     problems = [weak(kind, seed) for seed in range(12)]
@@ -218,7 +218,7 @@ def test_the_profile_finds_the_motion_from_a_rotation_that_is_five_degrees_off()
             assert abs(one.translation @ other.translation) < math.cos(math.radians(10)) + 1e-9
 
 
-def test_on_a_bent_ridge_of_the_likelihood_the_covariance_is_as_long_as_the_ridge() -> None:
+def test_the_covariance_is_enlarged_on_a_curved_ridge_of_the_likelihood() -> None:
     # The last number is the NEES with the covariance from the curvature at the maximum alone.
     for kind, seed, before in (("small area", 48, 457), ("small area", 24, 34), ("plane and a few points", 40, 289)):
         problem = weak(kind, seed)
@@ -227,7 +227,7 @@ def test_on_a_bent_ridge_of_the_likelihood_the_covariance_is_as_long_as_the_ridg
         assert outcome.status is PoseStatus.AMBIGUOUS or outcome.nees < before / 2
 
 
-def test_where_the_geometry_is_good_the_likelihood_gives_the_covariance_of_its_curvature() -> None:
+def test_with_good_geometry_the_profile_likelihood_hardly_enlarges_the_covariance() -> None:
     for seed in range(4):
         scene = Scene(noise=0.5)
         points0, points1, _ = scene.matches(150, seed)
@@ -242,7 +242,7 @@ def test_where_the_geometry_is_good_the_likelihood_gives_the_covariance_of_its_c
         np.testing.assert_allclose(wide[:3, :3] @ motion.translation, 0, atol=1e-9)
 
 
-def test_only_where_the_geometry_is_weak_the_likelihood_widens_the_covariance_that_the_matches_tell() -> None:
+def test_the_likelihood_enlarges_the_covariance_only_if_the_geometry_is_weak() -> None:
     scene, noise = Scene(noise=0.5), Noise(1.0, 0.0)
     covariances = Covariances(np.diag([1e-6] * 6), np.diag([2e-6] * 3 + [5e-7] * 3))
     for count, weak_geometry in ((150, False), (40, True)):
@@ -258,7 +258,7 @@ def test_only_where_the_geometry_is_weak_the_likelihood_widens_the_covariance_th
 
 
 @pytest.mark.parametrize("noise, max_reprojection_error", [(1.5, 1.0), (3.0, 3.0), (3.0, 9.0)])
-def test_keypoints_as_coarse_as_the_inlier_threshold_give_a_pose_that_says_so(
+def test_keypoints_as_coarse_as_the_inlier_threshold_give_poses_with_realistic_covariances(
     noise: float, max_reprojection_error: float
 ) -> None:
     errors, nees = [], []
@@ -274,7 +274,7 @@ def test_keypoints_as_coarse_as_the_inlier_threshold_give_a_pose_that_says_so(
     assert len(nees) >= 6 and np.median(nees) < 9 and np.degrees(np.median(errors)) < 0.8
 
 
-def test_keypoints_much_coarser_than_the_inlier_threshold_are_rarely_sure() -> None:
+def test_keypoints_much_coarser_than_the_inlier_threshold_make_at_most_half_the_poses_certain() -> None:
     scene = Scene(noise=3.0, outliers=0.2)
     poses = [estimate_relative_pose(*scene.matches(150, seed)[:2], CAMERA, CAMERA) for seed in range(8)]
     for pose in poses:
@@ -293,7 +293,7 @@ def _two_groups(first: int, second: int, scattered: int, seed: int) -> tuple[np.
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_two_groups_of_matches_that_agree_on_a_motion_each_are_ambiguous_if_neither_has_most(seed: int) -> None:
+def test_two_groups_of_matches_with_different_motions_are_ambiguous_if_neither_is_a_majority(seed: int) -> None:
     points0, points1 = _two_groups(130, 100, 70, seed)
     pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA)
     check(pose, 300)
@@ -307,7 +307,7 @@ def test_two_groups_of_matches_that_agree_on_a_motion_each_are_ambiguous_if_neit
     assert estimate_relative_pose(points0, points1, CAMERA, CAMERA, prior=prior).status is PoseStatus.OK
 
 
-def test_matches_that_decide_do_not_make_a_motion_doubtful_that_most_of_all_agree_with() -> None:
+def test_a_motion_that_most_matches_support_is_certain_even_if_the_decisive_ones_are_ambiguous() -> None:
     points0, points1 = _two_groups(240, 40, 20, 0)
     decisive = np.isin(np.arange(300), [*range(45), *range(240, 300)])
     few = estimate_relative_pose(points0[decisive], points1[decisive], CAMERA, CAMERA)
@@ -316,14 +316,16 @@ def test_matches_that_decide_do_not_make_a_motion_doubtful_that_most_of_all_agre
 
 
 @pytest.mark.parametrize("groups", [(100, 0, 200), (160, 120, 20), (130, 30, 140)])
-def test_matches_that_most_agree_with_or_the_others_do_not_agree_on_are_sure(groups: tuple[int, int, int]) -> None:
+def test_a_motion_is_certain_if_most_matches_support_it_or_the_others_support_no_common_motion(
+    groups: tuple[int, int, int],
+) -> None:
     for seed in range(4):
         pose = estimate_relative_pose(*_two_groups(*groups, seed), CAMERA, CAMERA)
         assert pose.status is PoseStatus.OK
         assert np.degrees(np.abs(Scene().error(pose)[3:]).max()) < 0.2
 
 
-def test_a_rival_within_the_noise_is_told_from_one_that_is_not() -> None:
+def test_a_rival_motion_within_the_noise_is_distinguished_from_one_beyond_it() -> None:
     scene = Scene(noise=0.3)
     points0, points1, _ = scene.matches(200, 0)
     matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
@@ -339,7 +341,7 @@ def test_a_rival_within_the_noise_is_told_from_one_that_is_not() -> None:
 # The front end
 
 
-class Told:
+class FakeNetworks:
     """Replaces the networks: returns given keypoints and matches."""
 
     keypoint_resolution = 1.0
@@ -361,7 +363,7 @@ class Told:
 
 
 @pytest.mark.parametrize("motion_prior", [True, False])
-def test_the_front_end_hands_on_the_motion_before_unless_it_is_told_not_to(motion_prior: bool) -> None:
+def test_the_front_end_uses_the_previous_motion_as_a_prior_unless_motion_prior_is_false(motion_prior: bool) -> None:
     # Two pairs with the same motion: of a scene with depth, which is certain, and of a plane, which alone is not.
     wall = plane(30, "towards", 1)
     shift, turn = 5 * wall.truth.position, cv2.Rodrigues(wall.truth.rotation)[0].ravel()
@@ -373,8 +375,8 @@ def test_the_front_end_hands_on_the_motion_before_unless_it_is_told_not_to(motio
         np.vstack([np.zeros_like(between), wall.points1]),
     ]
     grey = np.full((CAMERA.height, CAMERA.width), 128, np.uint8)  # without anything to refine
-    told = Told(frames, [range(200), range(200, 500)])
-    front_end = FrontEnd(Parameters(device="cpu", motion_prior=motion_prior), cast(FeatureMatcher, told))
+    networks = FakeNetworks(frames, [range(200), range(200, 500)])
+    front_end = FrontEnd(Parameters(device="cpu", motion_prior=motion_prior), cast(FeatureMatcher, networks))
     pairs = [front_end.register([grey], [10**8 * number], CAMERA).pair for number in range(3)]
     assert pairs[1] is not None and pairs[1].pose.status is PoseStatus.OK
     assert pairs[2] is not None
@@ -388,7 +390,7 @@ def test_the_front_end_hands_on_the_motion_before_unless_it_is_told_not_to(motio
 # Few matches
 
 
-def test_of_few_matches_no_wrong_one_takes_the_pose_along() -> None:
+def test_a_wrong_match_among_few_does_not_pull_the_pose_far_outside_its_covariance() -> None:
     camera = pinhole(130.0, 160, 120)
     scene, sure = Scene(camera0=camera, camera1=camera, noise=0.1, outliers=0.2), 0
     truth = Motion(cv2.Rodrigues(np.array(scene.rotation))[0], np.array(scene.translation))
@@ -413,14 +415,12 @@ def test_of_few_matches_no_wrong_one_takes_the_pose_along() -> None:
         ("plane and a few points", 1),
     ],
 )
-def test_few_matches_are_not_sure_where_all_of_them_tell_of_another_motion_if_not_for_certain(
-    kind: str, seed: int
-) -> None:
+def test_a_pose_of_few_matches_is_ambiguous_if_all_of_them_suggest_another_motion(kind: str, seed: int) -> None:
     assert weak(kind, seed).estimate().status is PoseStatus.AMBIGUOUS  # 13 to 62 degrees off
 
 
 @pytest.mark.parametrize("seed", [5, 46])
-def test_two_motions_that_are_certain_each_by_its_own_noise_are_ambiguous(seed: int) -> None:
+def test_two_motions_that_each_fit_with_a_different_noise_are_ambiguous(seed: int) -> None:
     """Few matches agree closely with one motion, and more, less closely, with the other.
 
     Without this status, the poses would be OK and 8 and 19 degrees off.
@@ -440,13 +440,13 @@ def test_two_motions_that_are_certain_each_by_its_own_noise_are_ambiguous(seed: 
 def test_no_two_images_of_a_stereo_walk_share_their_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
-    class Unseen:
+    class FakeScene:
         def __init__(self, seed: int) -> None: ...
 
         def film(self, poses: list, camera: Any, *, noise: float, noise_seed: int) -> list:
             seeds.extend(noise_seed + number for number in range(len(poses)))  # as Scene.film does
             return []
 
-    monkeypatch.setattr("simulation.Scene", Unseen)
+    monkeypatch.setattr("simulation.Scene", FakeScene)
     assert list(walk(4, 1, stereo=True)) == []
     assert len(set(seeds)) == len(seeds) == 8

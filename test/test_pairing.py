@@ -31,7 +31,7 @@ def test_near_stamps_are_a_pair_within_the_tolerance() -> None:
     assert synchroniser.offset == 11 * MS
 
 
-def test_without_tolerance_only_equal_stamps_are() -> None:
+def test_without_tolerance_only_equal_stamps_are_a_pair() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(0, 10, 10**9)
     assert feed(synchroniser, (LEFT, 0), (RIGHT, 0.001), (RIGHT, 50), (LEFT, 50)) == [("L50", "R50")]
     assert synchroniser.unpaired == [1, 1]
@@ -51,7 +51,7 @@ def test_lost_images_leave_their_partners_unpaired_and_counted() -> None:
     assert synchroniser.unpaired == [1, 1]
 
 
-def test_a_silent_side_is_noticed_and_memory_stays_bounded() -> None:
+def test_a_silent_camera_is_detected_and_the_number_of_waiting_images_is_limited() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5, 10**9)
     feed(synchroniser, (LEFT, 0), (RIGHT, 0), *((LEFT, 50 * i) for i in range(1, 101)))
     assert synchroniser.since == [0, 100]
@@ -60,7 +60,7 @@ def test_a_silent_side_is_noticed_and_memory_stays_bounded() -> None:
     assert synchroniser.unpaired == [99, 0] and synchroniser.since == [0, 0], "no image lacks a partner"
 
 
-def test_images_that_wait_have_only_so_many_bytes() -> None:
+def test_the_memory_of_waiting_images_is_limited() -> None:
     synchroniser: StereoSynchroniser[int] = StereoSynchroniser(10 * MS, 100, 100)
     sizes = (40, 40, 20, 70, 500, 10)
     for number, size in enumerate(sizes):
@@ -74,7 +74,7 @@ def test_images_that_wait_have_only_so_many_bytes() -> None:
 
 
 @pytest.mark.parametrize("late", [RIGHT, LEFT])
-def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_second(late: int) -> None:
+def test_a_camera_is_silent_half_a_second_after_an_unpaired_image_of_the_other(late: int) -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     for tenth in range(200):
         if tenth % 50 == 0:  # one image in 5 s, the late one 0.2 s after the other; the last one has no partner
@@ -88,7 +88,7 @@ def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_sec
     assert not synchroniser.silent(late)
 
 
-def test_a_lost_image_of_a_slow_camera_does_not_make_it_silent_for_good() -> None:
+def test_a_lost_image_of_a_slow_camera_does_not_make_it_silent_permanently() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     for tenth in range(100):  # one image a second, the right one after the left one; the third left image is lost
         number = tenth // 10
@@ -101,7 +101,7 @@ def test_a_lost_image_of_a_slow_camera_does_not_make_it_silent_for_good() -> Non
             assert synchroniser.silent(LEFT) == (25 <= tenth < 30) and not synchroniser.silent(RIGHT)
 
 
-def test_a_side_is_silent_while_images_of_the_other_wait_though_older_ones_have_just_found_it() -> None:
+def test_a_camera_is_silent_while_images_of_the_other_wait_despite_an_older_pair() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     feed(synchroniser, (LEFT, 0), (LEFT, 50), (LEFT, 100), (RIGHT, 0))
     for tenth in range(7):
@@ -109,7 +109,7 @@ def test_a_side_is_silent_while_images_of_the_other_wait_though_older_ones_have_
     assert synchroniser.silent(RIGHT) and not synchroniser.silent(LEFT)
 
 
-def test_a_side_is_not_silent_because_nobody_was_listening() -> None:
+def test_a_camera_is_not_silent_because_this_process_was_delayed() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     synchroniser.wait(1.0)
     synchroniser.put(LEFT, 0, "")
@@ -120,13 +120,13 @@ def test_a_side_is_not_silent_because_nobody_was_listening() -> None:
     assert synchroniser.silent(RIGHT) and synchroniser.newest(LEFT) == "" and synchroniser.newest(RIGHT) is None
 
 
-def test_a_delayed_side_catches_up() -> None:
+def test_images_of_a_delayed_camera_are_still_paired() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = feed(synchroniser, *((LEFT, 50 * i) for i in range(8)), *((RIGHT, 50 * i) for i in range(8)))
     assert len(found) == 8 and synchroniser.unpaired == [0, 0]
 
 
-def test_stamps_that_go_back_begin_anew_and_lose_nothing_but_what_has_no_partner() -> None:
+def test_after_a_jump_back_in_time_only_images_without_a_partner_are_lost() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = feed(synchroniser, (LEFT, 1000), (RIGHT, 1000), (LEFT, 1050), (LEFT, 0), (RIGHT, 1050), (RIGHT, 0))
     assert found == [("L1000", "R1000"), ("L1050", "R1050"), ("L0", "R0")]
@@ -135,14 +135,14 @@ def test_stamps_that_go_back_begin_anew_and_lose_nothing_but_what_has_no_partner
     assert synchroniser.unpaired == [1, 0]
 
 
-def test_one_side_running_backwards_gives_no_pairs() -> None:
+def test_a_camera_whose_stamps_run_backwards_gives_no_pairs() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5, 10**9)
     events = [event for i in range(30) for event in ((LEFT, 1025 + 50 * i), (RIGHT, 1000 - 50 * i))]
     assert feed(synchroniser, *events) == []
     assert synchroniser.unpaired == [25, 29] and synchroniser.offset is not None
 
 
-def test_streams_whose_stamps_do_not_fit_are_unpaired_one_image_later() -> None:
+def test_images_whose_stamps_do_not_match_are_counted_as_unpaired_one_image_later() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100, 10**9)
     assert feed(synchroniser, *((side, 50 * i + 20 * side) for i in range(5) for side in (LEFT, RIGHT))) == []
     assert synchroniser.unpaired == [4, 3] and synchroniser.offset == 20 * MS
@@ -150,7 +150,7 @@ def test_streams_whose_stamps_do_not_fit_are_unpaired_one_image_later() -> None:
 
 @pytest.mark.parametrize("stamp", [0, 5000, 1e12])
 @pytest.mark.parametrize("side", [LEFT, RIGHT])
-def test_one_stamp_that_is_far_off_costs_no_other_pair(stamp: float, side: int) -> None:
+def test_one_wrong_stamp_does_not_cost_any_other_pair(stamp: float, side: int) -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100, 10**9)
     early, late = 1 - side, side  # the late side comes 150 ms after the other
     events = [(50 * i, early, 1000 + 50 * i) for i in range(20)] + [
@@ -163,7 +163,7 @@ def test_one_stamp_that_is_far_off_costs_no_other_pair(stamp: float, side: int) 
         synchroniser = StereoSynchroniser(10 * MS, 100, 10**9)
 
 
-def test_an_image_that_is_sent_twice_costs_no_other_pair() -> None:
+def test_an_image_sent_twice_does_not_cost_any_other_pair() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     events = [event for i in range(20) for event in ((LEFT, 50 * i), (RIGHT, 50 * i + 3))]
     events.insert(21, (LEFT, 500.001))  # after the eleventh
@@ -171,7 +171,7 @@ def test_an_image_that_is_sent_twice_costs_no_other_pair() -> None:
     assert synchroniser.unpaired == [1, 0]
 
 
-def test_images_with_stamps_are_a_pair_however_late_one_of_them_comes() -> None:
+def test_images_with_equal_stamps_are_a_pair_even_if_one_arrives_two_periods_late() -> None:
     synchroniser: StereoSynchroniser[int] = StereoSynchroniser(10 * MS, 10, 10**9)
     pairs = []
     for number in range(1, 20):  # each right image comes 2.3 periods after the left one
@@ -207,7 +207,7 @@ def test_every_image_is_paired_or_counted_or_waiting_and_no_pair_is_wrong(seed: 
 
 
 @pytest.mark.parametrize("stamp", [0, 7 * 10**9])
-def test_stamps_that_are_all_alike_leave_only_the_lost_image_without_a_partner(stamp: int) -> None:
+def test_images_with_identical_stamps_are_paired_by_arrival_even_if_some_are_lost(stamp: int) -> None:
     """Arrival decides: the right image follows 20 ms after the left one, ten times a second, and two are lost."""
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = []
@@ -220,7 +220,7 @@ def test_stamps_that_are_all_alike_leave_only_the_lost_image_without_a_partner(s
     assert synchroniser.unpaired == [1, 1]
 
 
-def test_without_stamps_the_side_that_comes_first_may_change_and_images_may_come_in_a_burst() -> None:
+def test_images_without_stamps_are_paired_in_changing_order_and_in_bursts() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = []
     for number in range(9):
@@ -230,7 +230,7 @@ def test_without_stamps_the_side_that_comes_first_may_change_and_images_may_come
     assert [pair for pair in found if pair] == [(f"L{i}", f"R{i}") for i in range(9)]
 
 
-def test_of_images_that_are_alike_in_stamp_and_arrival_the_newest_is_the_partner() -> None:
+def test_among_images_with_equal_stamp_and_arrival_the_newest_is_paired() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     assert feed(synchroniser, (LEFT, 10), (LEFT, 10)) == []
     assert synchroniser.put(LEFT, 10 * MS, "newest") is None

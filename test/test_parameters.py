@@ -82,7 +82,7 @@ def right_values(item: Declaration) -> list[Any]:
 
 
 @each_parameter
-def test_allowed_values_are_taken_over(item: Declaration) -> None:
+def test_allowed_values_are_accepted(item: Declaration) -> None:
     for value in right_values(item):
         parameters = Parameters().replace({item.name: value})
         assert getattr(parameters, item.name) == value
@@ -90,29 +90,29 @@ def test_allowed_values_are_taken_over(item: Declaration) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda:", "cuda:-1", "cuda:x", "gpu", "cuda:999999999999", "CPU", "mps:0"])
-def test_a_device_that_cannot_be_is_refused(device: str) -> None:
+def test_an_invalid_device_is_refused(device: str) -> None:
     with pytest.raises(ParameterError, match="device is "):
         Parameters(device=device)
 
 
-def test_whole_numbers_do_for_floats() -> None:
+def test_integers_are_accepted_for_floats() -> None:
     assert Parameters(max_gap=2).max_gap == 2.0
     assert type(Parameters(max_gap=2).max_gap) is float
 
 
-def test_float16_on_the_processor_is_refused() -> None:
+def test_float16_on_the_cpu_is_refused() -> None:
     with pytest.raises(ParameterError, match=r"precision float16 .* float32, bfloat16 or auto"):
         Parameters(device="cpu", precision="float16")
     with pytest.raises(ParameterError, match="precision float16"):
         Parameters(device="cpu").replace({"precision": "float16"})
 
 
-def test_a_frame_placed_in_itself_is_refused() -> None:
+def test_equal_names_for_base_frame_and_odom_frame_are_refused() -> None:
     with pytest.raises(ParameterError, match="base_frame and odom_frame are both 'odom'"):
         Parameters(mode="stereo", publish_odometry=True, base_frame="odom")
 
 
-def test_replacing_leaves_the_rest_and_the_original_as_they_were() -> None:
+def test_replacing_values_changes_neither_the_others_nor_the_original() -> None:
     original = Parameters(max_keypoints=77, queue="all")
     changed = original.replace({"max_keypoints": 88, "resize": 640})
     assert (original.max_keypoints, original.resize) == (77, 0)
@@ -126,7 +126,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         Parameters().replace({"max_keypoint": 5})
 
 
-def test_the_parameters_users_rely_on_are_there_and_change_while_running_where_promised() -> None:
+def test_the_parameters_users_rely_on_exist_and_are_dynamic_as_promised() -> None:
     dynamic = {item.name: item.dynamic for item in declarations()}
     for entry in CONTRACT.split():
         assert dynamic[entry.removesuffix("*")] == entry.endswith("*"), entry
@@ -152,7 +152,7 @@ def test_the_configuration_file_sets_every_parameter_to_its_default() -> None:
     assert Parameters(**values) == Parameters()
 
 
-def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path) -> None:
+def test_a_profile_sets_several_parameters_and_explicit_values_take_precedence(tmp_path: Path) -> None:
     assert Parameters.given({}) == Parameters.given({"profile": "accurate"}) == Parameters()
     fast = Parameters.given({"profile": "fast"})
     assert (fast.extractor, fast.matcher) == ("superpoint-open-fast", "lightglue-superpoint-open-fast")
@@ -178,7 +178,7 @@ SPELLINGS = [
 # fmt: on
 
 
-def test_values_are_those_that_a_node_makes_of_their_spelling(tmp_path: Path) -> None:
+def test_values_in_parameter_files_are_read_as_a_ros_node_reads_them(tmp_path: Path) -> None:
     import rclpy
     from rclpy.node import Node
 
@@ -207,7 +207,7 @@ def test_values_are_those_that_a_node_makes_of_their_spelling(tmp_path: Path) ->
     }
 
 
-def test_a_section_may_stand_twice(tmp_path: Path) -> None:
+def test_a_section_may_appear_twice(tmp_path: Path) -> None:
     file = tmp_path / "parameters.yaml"
     section = "/**:\n  ros__parameters:\n"
     file.write_text(f"{section}    max_keypoints: 300\n    border: 7\n{section}    max_keypoints: 301\n")
@@ -220,7 +220,7 @@ def test_a_section_may_be_nested_below_the_root(tmp_path: Path) -> None:
     assert read_parameter_file(file) == Parameters(border=7)
 
 
-def test_what_a_node_does_not_take_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_a_yaml_alias_is_refused_as_in_ros(tmp_path: Path) -> None:
     file = tmp_path / "parameters.yaml"
     file.write_text("/a: &a {ros__parameters: {border: 7}}\n/matcher: *a\n")
     with pytest.raises(ParameterError, match=r"is not a YAML file: ROS accepts no YAML alias.*line 2"):
@@ -228,7 +228,7 @@ def test_what_a_node_does_not_take_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", ["/matcher(", "/[matcher", "/m.tcher", "/matcher?", "/matche+r"])
-def test_a_section_is_no_regular_expression(section: str, tmp_path: Path) -> None:
+def test_a_section_name_is_not_a_regular_expression(section: str, tmp_path: Path) -> None:
     assert not applies(section, "/matcher")
     file = tmp_path / "parameters.yaml"
     file.write_text(f'"{section}":\n  ros__parameters:\n    max_keypoints: 300\n')
@@ -236,7 +236,7 @@ def test_a_section_is_no_regular_expression(section: str, tmp_path: Path) -> Non
         read_parameter_file(file)
 
 
-def test_numbers_of_numpy_and_paths_are_values_too(tmp_path: Path) -> None:
+def test_numpy_numbers_and_paths_are_accepted_as_values(tmp_path: Path) -> None:
     given = Parameters.given({"max_keypoints": np.int64(300), "filter_threshold": np.float32(0.25), "min_inliers": 20,
                               "max_gap": np.int32(3), "mask": tmp_path / "mask.png"})  # fmt: skip
     assert given == Parameters(
@@ -255,14 +255,14 @@ def test_off_may_be_written_without_quotes_where_yaml_reads_false() -> None:
             Parameters(**{name: value})
 
 
-def test_a_value_that_plays_no_part_is_told_of_with_what_it_needs() -> None:
+def test_a_value_without_effect_is_reported_with_what_it_needs() -> None:
     assert Parameters().idle() == []
     (said,) = Parameters(providers="cuda, cpu").idle()
     assert said == "providers is 'cuda, cpu' and has no effect: it needs backend 'onnxruntime', which is 'torch'"
     assert Parameters(providers="cuda, cpu", backend="onnxruntime").idle() == []
     values = {"base_frame": "base_link", "keyframe_min_matches": 50, "ratio_threshold": 0.8, "lost_tracks": 5}
-    told = Parameters.given({**values, "refine": False}).idle()
-    assert {text.split()[0] for text in told} == values.keys()
+    reported = Parameters.given({**values, "refine": False}).idle()
+    assert {text.split()[0] for text in reported} == values.keys()
     served = {"publish_odometry": True, "mode": "stereo", "reference": "keyframe", "matcher": "nearest"}
     assert Parameters.given({**values, **served}).idle() == []
     in_onnx = {"backend": "onnxruntime", "profile": "fast"}
@@ -271,13 +271,13 @@ def test_a_value_that_plays_no_part_is_told_of_with_what_it_needs() -> None:
     assert said.startswith("depth_confidence is 0.5 and has no effect: it needs backend 'torch'")
 
 
-def test_a_profile_none_of_whose_values_is_in_force_is_told_of() -> None:
+def test_a_profile_with_none_of_its_values_in_effect_is_reported() -> None:
     assert Parameters.given({"profile": "fast", "max_keypoints": 300}).idle() == []
     (said,) = Parameters(profile="fast").idle()
     assert said.startswith("profile is 'fast' and has no effect: extractor, matcher, max_keypoints, depth_confidence")
 
 
-def test_what_a_parameter_needs_can_be() -> None:
+def test_what_a_parameter_needs_is_a_valid_setting_and_is_in_its_description() -> None:
     for item in declarations():
         if item.needs is not None:
             declaration(item.needs[0]).check(item.needs[1])

@@ -40,7 +40,7 @@ def corners(image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("scale", "largest"), [(0.7, 0.035), (1.4, 0.075)])
-def test_a_surface_seen_larger_or_smaller_is_not_taken_for_less_so(scale: float, largest: float) -> None:
+def test_the_scale_of_an_enlarged_or_reduced_surface_is_found_without_bias(scale: float, largest: float) -> None:
     errors, grown = [], []
     for seed in range(3):
         image0, image1 = picture(1.0, seed), picture(scale, seed)
@@ -57,7 +57,7 @@ def test_a_surface_seen_larger_or_smaller_is_not_taken_for_less_so(scale: float,
 
 
 @pytest.mark.parametrize("shift", [0.125, 0.25, 0.4])
-def test_a_motion_of_less_than_a_pixel_is_found_as_large_as_it_is(shift: float) -> None:
+def test_a_motion_of_less_than_a_pixel_is_found_without_bias(shift: float) -> None:
     # Linear interpolation of the image's own pixels would give 10, 6 and 2 % more here.
     moved = []
     for seed in range(3):
@@ -68,7 +68,7 @@ def test_a_motion_of_less_than_a_pixel_is_found_as_large_as_it_is(shift: float) 
     assert np.median(np.concatenate(moved), axis=0) == pytest.approx([shift, 0], abs=0.005)
 
 
-def test_what_an_edge_does_not_tell_of_its_deformation_is_left_as_it_was() -> None:
+def test_a_deformation_that_an_edge_does_not_determine_stays_unchanged() -> None:
     # Steps that fit the noise accumulate unless their sum is limited: to 0.1 after ten steps.
     stripes = 128 + 40 * np.sin(np.arange(400) / 5) * np.ones((400, 1))
     image0, image1 = (
@@ -88,7 +88,7 @@ def test_what_an_edge_does_not_tell_of_its_deformation_is_left_as_it_was() -> No
 
 
 @pytest.mark.parametrize("depth", [1, 4, 5])
-def test_a_patch_cut_at_the_border_goes_where_its_point_goes(depth: int) -> None:
+def test_a_patch_at_the_image_border_is_found_without_bias(depth: int) -> None:
     # With grey beyond the image, it would move 0.3 to 0.6 pixels less, and 8 to 65 % would not be found.
     whole, margin = picture(1.0), 20
     part = whole[margin:-margin, margin:-margin]
@@ -107,7 +107,7 @@ def test_a_patch_cut_at_the_border_goes_where_its_point_goes(depth: int) -> None
     assert np.minimum((errors / found.sigmas[found.good, None]) ** 2, 25).mean() < 1.2
 
 
-def test_many_patches_are_cut_and_found_as_few_are() -> None:
+def test_many_patches_give_the_same_results_as_small_groups() -> None:
     image = signed(picture(1.0))
     points = np.random.default_rng(0).uniform(20, SIDE - 20, (1500, 2)).astype(np.float32)
     patches = cut(image, points)
@@ -143,7 +143,7 @@ pytestmark = pytest.mark.usefixtures("geometry")
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not count threads' turns")
-def test_one_thread_computes_patches_whatever_blas_may_take() -> None:
+def test_patches_are_computed_by_one_thread_even_if_blas_may_use_more() -> None:
     # OpenBLAS threads wait by spinning: on a busy machine they take many times the computing time.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["OPENBLAS_NUM_THREADS"] = "4"

@@ -42,9 +42,9 @@ def install(folder: Path, compiler: str) -> str:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
-def test_with_a_compiler_the_compiled_part_is_built_as_cmake_builds_it(tmp_path: Path) -> None:
+def test_with_a_compiler_the_compiled_parts_are_built_and_can_be_loaded(tmp_path: Path) -> None:
     assert install(tmp_path, "cc") == "True True True"
 
 
-def test_without_a_compiler_the_package_is_installed_all_the_same(tmp_path: Path) -> None:
+def test_without_a_compiler_the_package_is_installed_without_compiled_parts(tmp_path: Path) -> None:
     assert install(tmp_path, "false") == "False False False"

@@ -48,7 +48,7 @@ class FrontEndStub:
         return Result(frame, None, None)
 
 
-class Heard:
+class RecordedOutput:
     """Stores everything that a pipeline publishes and reports."""
 
     def __init__(self) -> None:
@@ -90,10 +90,10 @@ class Heard:
         self.reports.append(("odometry", str(breaks), explanation))
 
 
-def make(*topics: str, **parameters: Any) -> tuple[Pipeline, Heard]:
+def make(*topics: str, **parameters: Any) -> tuple[Pipeline, RecordedOutput]:
     mode = "stereo" if len(topics) == 2 else "mono"
     front_end: Any = FrontEndStub(Parameters(mode=mode, **parameters))
-    heard = Heard()
+    heard = RecordedOutput()
     return Pipeline(front_end, topics, heard.publish, lambda topic: False, heard, new_message), heard
 
 
@@ -133,7 +133,7 @@ def interrupted_at(step: int, work: Callable[[], Any], meanwhile: Callable[[], N
     return passed > step
 
 
-def test_a_parameter_that_changes_at_any_moment_of_a_frame_is_in_force_for_the_next_one() -> None:
+def test_a_parameter_changed_at_any_moment_during_a_frame_applies_to_the_next_one() -> None:
     step = 0
     while True:
         pipeline, _ = make("/image")
@@ -154,12 +154,12 @@ def test_a_parameter_that_changes_at_any_moment_of_a_frame_is_in_force_for_the_n
     assert step > 50, "the frame was not followed instruction by instruction"
 
 
-def test_odometry_of_one_camera_is_refused() -> None:
+def test_odometry_is_refused_for_a_single_camera() -> None:
     with pytest.raises(ParameterError, match="publish_odometry needs mode stereo"):
         make("/image", publish_odometry=True)
 
 
-def test_a_calibration_that_cannot_be_used_is_reported_for_every_frame_and_costs_none() -> None:
+def test_an_unusable_calibration_is_reported_for_every_frame_and_no_frame_is_lost() -> None:
     pipeline, heard = make("/image")
     info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")
     info.k = np.zeros(9)
@@ -170,7 +170,7 @@ def test_a_calibration_that_cannot_be_used_is_reported_for_every_frame_and_costs
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_rejected_image_of_a_pair_is_named_by_its_topic(side: int) -> None:
+def test_a_rejected_image_of_a_pair_is_reported_with_its_topic(side: int) -> None:
     pipeline, heard = make("/left/image", "/right/image")
     images = [image(SECOND), image(SECOND)]
     images[side].step = 3
@@ -180,7 +180,7 @@ def test_a_rejected_image_of_a_pair_is_named_by_its_topic(side: int) -> None:
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_an_image_that_is_rejected_is_not_said_to_be_processed_without_its_mask(mask: bool) -> None:
+def test_a_rejected_image_is_not_reported_as_processed_without_its_mask(mask: bool) -> None:
     pipeline, heard = make("image")
     pipeline.masks.expected = [0]
     if mask:
@@ -191,7 +191,7 @@ def test_an_image_that_is_rejected_is_not_said_to_be_processed_without_its_mask(
     assert [report[0] for report in heard.reports] == ["rejected"]
 
 
-def test_a_fault_that_is_raised_for_frame_after_frame_does_not_grow() -> None:
+def test_the_traceback_of_an_error_raised_for_every_frame_does_not_grow() -> None:
     calibration = Calibration(["/image"], rectified=False, memory=10**7)
     info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")
     info.k = np.zeros(9)
@@ -214,7 +214,7 @@ def watch(pipeline: Pipeline, now: float) -> None:
         pipeline.interrupt(alone)
 
 
-def test_an_image_without_a_partner_is_told_of_at_most_once_a_second() -> None:
+def test_unpaired_images_are_reported_at_most_once_a_second() -> None:
     pipeline, heard = make("/left/image", "/right/image")
     for tenth in range(31):
         assert pipeline.add_image(0, image(tenth * SECOND // 10, "left")) is None
@@ -225,7 +225,7 @@ def test_an_image_without_a_partner_is_told_of_at_most_once_a_second() -> None:
     assert all(message.header.frame_id == "left" for _, message in heard.messages)
 
 
-def test_a_partner_that_is_sent_again_is_waited_for_where_every_frame_is_processed() -> None:
+def test_with_queue_all_an_unpaired_image_is_reported_only_after_about_five_seconds() -> None:
     pipeline, heard = make("/left/image", "/right/image", queue="all")
     pipeline.add_image(0, image(SECOND, "left"))
     for tenth in range(49):
@@ -236,18 +236,18 @@ def test_a_partner_that_is_sent_again_is_waited_for_where_every_frame_is_process
     assert heard.statuses == [PoseStatus.INTERRUPTED]
 
 
-def test_who_watches_publishes_nothing_and_hears_of_an_image_without_a_partner_until_it_is_told_of() -> None:
+def test_watching_publishes_nothing_and_returns_an_unpaired_image_until_it_is_reported() -> None:
     pipeline, heard = make("/left/image", "/right/image")
     pipeline.add_image(0, image(SECOND, "left"))
     found = [alone for tenth in range(31) if (alone := pipeline.watch(0.1 * tenth)) is not None]
     assert len(found) == 3 and len({id(alone) for alone in found}) == 1 and heard.messages == []
     for alone in found:
         pipeline.interrupt(alone)
-    assert heard.statuses == [PoseStatus.INTERRUPTED], "one image is told of once"
+    assert heard.statuses == [PoseStatus.INTERRUPTED], "one image is reported once"
     assert not any(pipeline.watch(3 + 0.1 * tenth) for tenth in range(31))
 
 
-def test_images_that_wait_for_a_partner_have_only_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_images_that_wait_for_a_partner_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_module, "_UNPAIRED_MEMORY", 2 * len(image(SECOND).data))
     pipeline, heard = make("/left/image", "/right/image", queue="all")
     for number in range(5):
@@ -255,7 +255,7 @@ def test_images_that_wait_for_a_partner_have_only_so_many_bytes(monkeypatch: pyt
     assert [report[:2] for report in heard.reports if report[0] == "unpaired"] == [("unpaired", "/left/image")] * 3
 
 
-def test_a_reset_that_is_asked_for_is_done_once() -> None:
+def test_a_requested_reset_is_done_once() -> None:
     pipeline, _ = make("image")
     before = pipeline.front_end.resets  # type: ignore[attr-defined]
     pipeline.request_reset()
@@ -277,7 +277,7 @@ def test_images_that_still_wait_for_a_partner_at_the_end_are_reported() -> None:
     ]
 
 
-def test_images_whose_stamps_say_nothing_are_reported_by_topic() -> None:
+def test_images_with_zero_or_repeated_stamps_are_reported_with_their_topic() -> None:
     pipeline, heard = make("/left/image", "/right/image")
     for stamp in (SECOND, SECOND, 2 * SECOND):
         pipeline.add_image(0, image(stamp))
@@ -296,7 +296,7 @@ def test_images_whose_stamps_say_nothing_are_reported_by_topic() -> None:
     assert "tracks and poses are correct, but their times are not" in about_stamps()[-1][2]
 
 
-def test_what_is_odd_about_a_calibration_is_said_with_every_frame() -> None:
+def test_an_implausible_calibration_is_reported_with_every_frame() -> None:
     pipeline, heard = make("/camera/image_rect")
     lens = Camera(8, 8, np.array([[8.0, 0, 4], [0, 8.0, 4], [0, 0, 1]]), "plumb_bob", np.array([-0.1, 0, 0, 0]))
     pipeline.add_info(0, camera_info_message(lens, 0, "camera"))
@@ -321,7 +321,7 @@ def test_thousands_of_images_that_wait_keep_their_masks_and_calibrations() -> No
 
 
 @pytest.mark.parametrize(("resize", "decoded"), [(0, False), (640, True)])
-def test_a_file_of_more_pixels_than_the_networks_take_is_not_decoded_without_resize(
+def test_a_compressed_image_too_large_for_the_networks_is_not_decoded_without_resize(
     resize: int, decoded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = cv2.imencode(".jpg", np.zeros((3000, 3000), np.uint8))[1].tobytes()
@@ -342,7 +342,7 @@ def test_a_file_of_more_pixels_than_the_networks_take_is_not_decoded_without_res
         assert "3000 x 3000 pixels, more than the 8.4 million" in rejected[0][2] and "set resize" in rejected[0][2]
 
 
-def test_an_interruption_is_told_of_once_however_many_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_is_reported_once_even_if_many_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, heard = make("image")
     front_end: Any = pipeline.front_end
     register = front_end.register
@@ -360,7 +360,7 @@ def test_an_interruption_is_told_of_once_however_many_images_are_refused(monkeyp
 # Restarting
 
 
-def test_a_pipeline_that_begins_again_knows_only_the_calibration_of_before() -> None:
+def test_a_restarted_pipeline_keeps_only_the_calibration() -> None:
     pipeline, heard = make("left", "right")
     pipeline.add_info(0, camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera"))
     pipeline.masks.expected = [0]
@@ -369,22 +369,22 @@ def test_a_pipeline_that_begins_again_knows_only_the_calibration_of_before() -> 
     resets = pipeline.front_end.resets  # type: ignore[attr-defined]
     pipeline.restart()
     assert pipeline.front_end.resets == resets + 1  # type: ignore[attr-defined]
-    assert pipeline.add_image(1, image(SECOND)) is None, "its partner was of before"
+    assert pipeline.add_image(1, image(SECOND)) is None, "its partner was from before the restart"
     left = image(SECOND)
     assert pipeline.add_image(0, left) is not None
-    assert heard.reports == [], "no stamp is that of an image of before"
+    assert heard.reports == [], "stamps from before the restart are forgotten"
     assert pipeline.masks.take(0, SECOND) is None
     assert pipeline.calibration.camera_for([(8, 8)] * 2, [SECOND] * 2, []) is None  # the right camera_info is missing
     pipeline.add_info(1, camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera", 0.1))
     assert pipeline.calibration.camera_for([(8, 8)] * 2, [SECOND] * 2, []) is not None
 
 
-def test_a_camera_that_is_alone_is_told_of_once_a_second() -> None:
+def test_a_camera_without_images_of_the_other_is_reported_once_a_second() -> None:
     pipeline, heard = make("left", "right")
     for step in range(51):
         assert pipeline.add_image(0, image((step + 1) * SECOND // 10)) is None
         watch(pipeline, step / 10)
-    told = [message.header.stamp for topic, message in heard.messages if topic == "relative_pose"]
-    times = [stamp.sec + stamp.nanosec * 1e-9 for stamp in told]
+    reported = [message.header.stamp for topic, message in heard.messages if topic == "relative_pose"]
+    times = [stamp.sec + stamp.nanosec * 1e-9 for stamp in reported]
     assert len(times) == 5
     assert np.diff(times) == pytest.approx(1.0, abs=0.11)

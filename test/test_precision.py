@@ -29,7 +29,7 @@ MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003}  # in
 EVERY_LAYER: dict[str, Any] = {"depth_confidence": -1.0, "width_confidence": -1.0}
 
 
-def in_both(**parameters: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
+def in_both_precisions(**parameters: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
     """Return a matcher in float32 and one in bfloat16."""
     both = [FeatureMatcher(device="cpu", precision=name, **MANY, **parameters) for name in ("float32", "bfloat16")]
     return both[0], both[1]
@@ -38,13 +38,13 @@ def in_both(**parameters: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
 @pytest.fixture(scope="module")
 def matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
     """Matchers in float32 and in bfloat16, with all layers and points. Early stopping has its own tests."""
-    return in_both(nms_radius=2, **EVERY_LAYER)  # more keypoints than with the published radius
+    return in_both_precisions(nms_radius=2, **EVERY_LAYER)  # more keypoints than with the published radius
 
 
 @pytest.fixture(scope="module")
 def adaptive_matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
     """Matchers in float32 and in bfloat16, with the default confidences."""
-    return in_both()
+    return in_both_precisions()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def recorded(recorded_data: Path) -> list[Pair]:
     return list(zip(images[::2], images[1::2]))
 
 
-class Described(NamedTuple):
+class ExtractedPairs(NamedTuple):
     """Pairs of consecutive frames of a camera, with features in both precisions.
 
     Attributes:
@@ -82,11 +82,11 @@ class Described(NamedTuple):
 # Rounding decides which of many weak keypoints are among the best: 1 to 2 % differ. For synthetic pairs the fraction
 # is 0.97, and 0.95 with the first convolution in bfloat16.
 @pytest.fixture(scope="module", params=[("synthetic", 0.957, 0.96), ("recorded", 0.93, 0.95)], ids=lambda each: each[0])
-def described(request: pytest.FixtureRequest, matchers: tuple[FeatureMatcher, FeatureMatcher]) -> Described:
+def extracted_pairs(request: pytest.FixtureRequest, matchers: tuple[FeatureMatcher, FeatureMatcher]) -> ExtractedPairs:
     name, *bounds = request.param
     pairs: list[Pair] = request.getfixturevalue(name)
     exact, half = (extracted(matcher, pairs) for matcher in matchers)
-    return Described(pairs, exact, half, *bounds)
+    return ExtractedPairs(pairs, exact, half, *bounds)
 
 
 def extracted(matcher: FeatureMatcher, pairs: list[Pair]) -> list[tuple[Features, Features]]:
@@ -108,36 +108,36 @@ def found_again(points: NDArray[np.float64], others: NDArray[np.float64], pixels
 
 
 def test_bfloat16_keeps_the_matches_of_float32(
-    matchers: tuple[FeatureMatcher, FeatureMatcher], described: Described
+    matchers: tuple[FeatureMatcher, FeatureMatcher], extracted_pairs: ExtractedPairs
 ) -> None:
     counts, again = np.zeros(2), 0
-    for pairs in zip(described.exact, described.half):
+    for pairs in zip(extracted_pairs.exact, extracted_pairs.half):
         exact, half = (matched_points(pair, matcher.match(*pair)) for matcher, pair in zip(matchers, pairs))
         counts += len(exact), len(half)
         again += found_again(exact, half, 1.0)
     assert counts[0] > 500
     assert counts[1] >= 0.98 * counts[0]
-    assert again >= described.found_again * counts[0]
+    assert again >= extracted_pairs.found_again * counts[0]
 
 
 def test_bfloat16_matches_given_features_as_float32_does(
-    matchers: tuple[FeatureMatcher, FeatureMatcher], described: Described
+    matchers: tuple[FeatureMatcher, FeatureMatcher], extracted_pairs: ExtractedPairs
 ) -> None:
     counts, same = np.zeros(2), 0
-    for pair in described.exact:
+    for pair in extracted_pairs.exact:
         exact, half = (set(map(tuple, matcher.match(*pair).indices.tolist())) for matcher in matchers)
         counts += len(exact), len(half)
         same += len(exact & half)
     assert counts[0] > 500
     assert counts[1] >= 0.98 * counts[0]
-    assert same >= described.same * counts[0]
+    assert same >= extracted_pairs.same * counts[0]
 
 
-def test_bfloat16_stops_where_float32_does_but_for_pairs_at_the_threshold(
-    adaptive_matchers: tuple[FeatureMatcher, FeatureMatcher], described: Described
+def test_bfloat16_stops_at_the_same_layer_as_float32_for_most_pairs(
+    adaptive_matchers: tuple[FeatureMatcher, FeatureMatcher], extracted_pairs: ExtractedPairs
 ) -> None:
     layers, counts, same = [], np.zeros(2), 0
-    for pair in extracted(adaptive_matchers[0], described.images):
+    for pair in extracted(adaptive_matchers[0], extracted_pairs.images):
         exact, half = (matcher.match(*pair) for matcher in adaptive_matchers)
         layers.append((exact.layers, half.layers))
         if exact.layers == half.layers:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def said_by_openmp(program: str, *words: str) -> str:
+def openmp_spin_count(program: str, *words: str) -> str:
     """Return the number of spinning rounds of waiting threads, in a process of the program."""
     path = shutil.which(program)
     if path is None:
@@ -46,11 +46,11 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("words", [("matcher", "--ros-args", "-p", "mode:=nonsense"), ("kpmatch", "doctor")])
-def test_threads_leave_the_processor_to_others_after_a_short_wait(words: tuple[str, ...]) -> None:
-    assert said_by_openmp(*words) == "'1000'"
+def test_waiting_openmp_threads_spin_only_briefly(words: tuple[str, ...]) -> None:
+    assert openmp_spin_count(*words) == "'1000'"
 
 
-def test_what_the_environment_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_environment_variables_are_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
     monkeypatch.setenv("GOMP_SPINCOUNT", "1")
@@ -60,7 +60,7 @@ def test_what_the_environment_sets_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert dict(os.environ) == before
 
 
-def test_a_process_ends_without_a_look_for_garbage_among_what_it_has_loaded() -> None:
+def test_loaded_objects_are_excluded_from_garbage_collection_at_exit() -> None:
     code = (
         "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"  # runs after later ones
         "from kpmatch_ros.process import configure_process; configure_process(); import numpy"

@@ -25,11 +25,11 @@ def test_the_code_passes_ruff() -> None:
     run("ruff", "check", ".")
 
 
-def test_the_layout_is_ruff_formats() -> None:
+def test_the_code_is_formatted_by_ruff() -> None:
     run("ruff", "format", "--check", ".")
 
 
-def test_the_types_hold() -> None:
+def test_the_types_pass_mypy() -> None:
     run("mypy")
 
 
@@ -45,7 +45,7 @@ def test_no_file_is_over_500_lines() -> None:
     assert not {name: length for name, length in lengths.items() if length > 500}
 
 
-def test_no_line_of_the_c_sources_is_longer_than_pythons_may_be() -> None:
+def test_no_line_of_the_c_sources_has_more_than_120_characters() -> None:
     lines = [(path.name, line) for path in (ROOT / "src").glob("*.[ch]") for line in path.read_text().splitlines()]
     assert not [each for each in lines if len(each[1]) > 120]
 
@@ -56,7 +56,7 @@ def test_no_test_imports_private_names() -> None:
     assert not [path.name for path in (ROOT / "test").glob("*.py") if private.search(path.read_text())]
 
 
-def test_the_config_file_follows_from_the_declaration_of_the_parameters() -> None:
+def test_the_config_file_agrees_with_the_declared_parameters() -> None:
     assert (ROOT / "config" / "matcher.yaml").read_text() == generate_docs.config_file(), "run make docs"
 
 
@@ -70,11 +70,11 @@ def test_the_documentation_lists_the_parameters_as_declared() -> None:
         assert yaml.safe_load(row[2].strip("`")) == item.default
 
 
-def test_the_readme_is_for_deciding_and_starting() -> None:
+def test_the_readme_has_at_most_200_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
-def test_nobody_is_told_to_install_the_package_from_pypi() -> None:
+def test_no_document_says_to_install_the_package_from_pypi() -> None:
     """It is not on PyPI. Such a command would fail, or install a foreign package with that name."""
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "kpmatch_ros").rglob("*.py")]
     assert not [str(path) for path in files if re.search(r"pip install [^\n`]*kpmatch_ros", path.read_text())]

@@ -80,7 +80,7 @@ def read_only(array: Any) -> Any:
     ],
     ids=["read-only", "columns", "float64", "big-endian", "lists", "reversed", "tensors", "pickled"],
 )
-def test_features_match_however_they_were_kept(
+def test_features_match_in_any_array_type_and_memory_layout(
     matcher: FeatureMatcher, features: list[Features], expected: Matches, change: Callable[[Any], Any]
 ) -> None:
     with warnings.catch_warnings():
@@ -100,14 +100,14 @@ def test_features_match_however_they_were_kept(
         ({"size": (0, 0)}, "0 x 0 pixels"),
     ],
 )
-def test_features_that_disagree_in_number_are_refused(
+def test_features_with_inconsistent_shapes_are_refused(
     matcher: FeatureMatcher, features: list[Features], changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
         matcher.match(replace(features[0], **changes), features[1])
 
 
-def test_what_was_found_can_be_looked_for_in_a_list(
+def test_results_can_be_searched_in_lists_and_put_into_sets(
     matcher: FeatureMatcher, features: list[Features], images: list[Image]
 ) -> None:
     front_end = FrontEnd(PARAMETERS, matcher)
@@ -134,14 +134,14 @@ def test_a_front_end_takes_the_parameters_of_the_networks_it_is_given(images: li
     assert len(other.register(images[:1], [0]).frame.keypoints) == 30
 
 
-def test_a_front_end_takes_images_and_masks_of_torch(matcher: FeatureMatcher, images: list[Image]) -> None:
+def test_a_front_end_accepts_torch_images_and_masks(matcher: FeatureMatcher, images: list[Image]) -> None:
     tensors = [torch.from_numpy(np.dstack([image] * 3)) for image in images]
     found = registered(FrontEnd(PARAMETERS, matcher), tensors, masks=[torch.ones(HEIGHT, WIDTH, dtype=torch.bool)])
     plain = registered(FrontEnd(PARAMETERS, matcher), [tensor.numpy() for tensor in tensors])
     assert len(plain.points) > 50 and np.array_equal(found.points, plain.points)
 
 
-def test_the_next_image_may_come_in_the_memory_of_the_one_before(matcher: FeatureMatcher, images: list[Image]) -> None:
+def test_the_next_image_may_reuse_the_memory_of_the_previous_one(matcher: FeatureMatcher, images: list[Image]) -> None:
     plain = registered(FrontEnd(PARAMETERS, matcher), images)
     front_end, memory = FrontEnd(PARAMETERS, matcher), np.empty_like(images[0])
     for stamp, image in enumerate(images):
@@ -161,7 +161,7 @@ def test_an_image_that_is_refused_changes_nothing(matcher: FeatureMatcher, image
 
 
 @pytest.mark.parametrize("stamps", [np.array([5, 10**8], np.uint64), np.array([5, 10**8])])
-def test_stamps_of_numpy_are_whole_numbers(matcher: FeatureMatcher, images: list[Image], stamps: Any) -> None:
+def test_numpy_integers_are_accepted_as_stamps(matcher: FeatureMatcher, images: list[Image], stamps: Any) -> None:
     front_end = FrontEnd(PARAMETERS, matcher)
     assert registered(front_end, images, stamps) is not None
     with warnings.catch_warnings():
@@ -183,7 +183,7 @@ def test_stamps_of_numpy_are_whole_numbers(matcher: FeatureMatcher, images: list
         ({"images": ["a.png"]}, "the image is a str"),
     ],
 )
-def test_what_a_front_end_cannot_take_is_named(
+def test_an_argument_of_the_wrong_type_is_refused_by_name(
     matcher: FeatureMatcher, images: list[Image], given: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(TypeError, match=said):
@@ -200,7 +200,7 @@ def test_what_a_front_end_cannot_take_is_named(
         ({"images": []}, "images has the length 0, not 1 to 2"),
     ],
 )
-def test_what_is_not_of_as_many_as_the_images_is_named(
+def test_a_list_of_the_wrong_length_is_refused_by_name(
     matcher: FeatureMatcher, images: list[Image], given: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
@@ -219,19 +219,19 @@ def test_what_is_not_of_as_many_as_the_images_is_named(
         ({"frame_ids": "cam0"}, TypeError, "frame_ids is 'cam0'"),
     ],
 )
-def test_features_are_matched_with_two_of_each(
+def test_match_features_requires_two_cameras_stamps_and_frame_ids(
     matcher: FeatureMatcher, features: list[Features], given: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
         FrontEnd(PARAMETERS, matcher).match_features(*features, **given)
 
 
-def test_features_are_not_matched_with_what_is_no_camera(matcher: FeatureMatcher, features: list[Features]) -> None:
+def test_match_features_refuses_a_matrix_instead_of_a_camera(matcher: FeatureMatcher, features: list[Features]) -> None:
     with pytest.raises(TypeError, match=r"the camera must be a kpmatch_ros\.Camera, not a ndarray"):
         FrontEnd(PARAMETERS, matcher).match_features(*features, cameras=(CAMERA, np.eye(3)))  # type: ignore[arg-type]
 
 
-def test_a_motion_is_not_estimated_with_what_is_no_camera() -> None:
+def test_motion_estimation_refuses_wrong_types_of_cameras() -> None:
     points, pair = np.zeros((20, 2)), StereoCamera(CAMERA, CAMERA, np.eye(3), np.array([-0.1, 0, 0]))
     with pytest.raises(TypeError, match=r"the camera must be a kpmatch_ros\.Camera, not a ndarray"):
         estimate_relative_pose(points, points, CAMERA, np.eye(3))  # type: ignore[arg-type]
@@ -241,7 +241,7 @@ def test_a_motion_is_not_estimated_with_what_is_no_camera() -> None:
         check_stereo_matches(points, points, CAMERA)  # type: ignore[arg-type]
 
 
-def test_what_is_loaded_keeps_its_name_whatever_is_configured(matcher: FeatureMatcher) -> None:
+def test_configuring_other_networks_does_not_rename_the_loaded_ones(matcher: FeatureMatcher) -> None:
     loaded = matcher.parameters
     other = PARAMETERS.replace({"extractor": "disk", "matcher": "nearest", "max_keypoints": 77})
     front_end = FrontEnd(other, matcher)
@@ -268,7 +268,7 @@ def test_the_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
     assert len(names["points0"]) > 100 and " OK " in capsys.readouterr().out
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert all(getattr(kpmatch_ros, name).__name__ == name for name in kpmatch_ros.__all__)
 
 

@@ -27,7 +27,7 @@ SETS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
+def restored_defaults() -> Iterator[None]:
     yield
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
@@ -77,7 +77,7 @@ def test_results_do_not_depend_on_pytorchs_defaults(
 
 
 @pytest.mark.parametrize("kind", ["lightglue", "superglue"])
-def test_recordings_do_not_depend_on_pytorchs_defaults(kind: str, request: pytest.FixtureRequest) -> None:
+def test_recorded_cuda_graphs_do_not_depend_on_pytorchs_defaults(kind: str, request: pytest.FixtureRequest) -> None:
     network = request.getfixturevalue(kind)()
     features = random_features(network.input_dim)
     expected = CudaGraphs(Imitation()).run(network, features, features)

@@ -22,7 +22,7 @@ from kpmatch_ros.parameters import Parameters
 
 
 @dataclass(frozen=True)
-class Look(Ride):
+class LookingAround(Ride):
     """A moving camera that starts to look around, by this angle in radians, at some time."""
 
     around: float = 0.3
@@ -45,7 +45,7 @@ def search(
         SimpleNamespace(stamp=round(1e9 * interval * number), camera=Ride().camera) for number in range(pairs + 1)
     ]
     for number in range(pairs):
-        points0, points1 = Look(around=around, start=number).matches(readout / interval, number, count=150)
+        points0, points1 = LookingAround(around=around, start=number).matches(readout / interval, number, count=150)
         pair = SimpleNamespace(
             reference=frames[number],
             current=frames[number + 1],
@@ -58,19 +58,19 @@ def search(
 
 
 @pytest.mark.parametrize(("readout", "interval"), [(0.0, 0.1), (0.02, 0.1), (0.02, 0.0334)])
-def test_the_readout_of_a_camera_that_looks_around_is_found(readout: float, interval: float) -> None:
+def test_the_readout_time_of_a_rotating_camera_is_found(readout: float, interval: float) -> None:
     found = search(readout, 0.3, pairs=12, interval=interval)
     assert found is not None and found.is_sure and found.pairs == 11
     assert abs(found.best - readout) < 0.002 and found.low - 0.001 < readout < found.high + 0.001
 
 
-def test_a_camera_that_hardly_turns_does_not_tell() -> None:
+def test_the_readout_time_of_a_camera_that_hardly_turns_is_uncertain() -> None:
     found = search(0.033, 0.01, pairs=12)
     assert found is not None and not found.is_sure
 
 
 @pytest.mark.parametrize("missing", [{"pairs": 10}, {"status": PoseStatus.AMBIGUOUS}])
-def test_of_few_pairs_with_a_pose_nothing_is_said(missing: dict[str, Any]) -> None:
+def test_too_few_pairs_with_a_pose_give_no_readout_time(missing: dict[str, Any]) -> None:
     assert search(0.02, 0.3, **{"pairs": 12, **missing}) is None
 
 
@@ -83,18 +83,18 @@ def test_of_few_pairs_with_a_pose_nothing_is_said(missing: dict[str, Any]) -> No
         (Readout(0.02, 0.019, 0.021, 20), "0.0200 s (90 %: 0.0190 to 0.0210, 20 pairs): a rolling shutter; set"),
     ],
 )
-def test_what_was_found_is_said_in_words(found: Readout | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_is_explained_in_words(found: Readout | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReadoutSearch, "found", lambda self: found)
     assert words in ReadoutSearch(Parameters()).in_words()
 
 
-def test_a_replay_looks_for_it_on_demand(kpmatch: Run, tmp_path: Path) -> None:
+def test_kpmatch_bag_estimates_the_readout_time_on_request(kpmatch: Run, tmp_path: Path) -> None:
     status, out, _ = kpmatch("bag", DEMO_BAG, tmp_path / "out", *QUICK, "--max-keypoints", "100", "--readout", "--json")
     assert status == 0 and json.loads(out)["readout"]["pairs"] == 10  # of twelve frames
     rows = kpmatch("bag", DEMO_BAG, tmp_path / "few", *QUICK, "--min-inliers", "257", "--readout")[1].splitlines()
     assert any(line.startswith("readout") and "not known: fewer than 10 pairs" in line for line in rows)
 
 
-def test_stereo_has_no_readout_time(kpmatch: Run, tmp_path: Path) -> None:
+def test_the_option_readout_is_refused_for_stereo(kpmatch: Run, tmp_path: Path) -> None:
     error = refused(kpmatch("bag", DEMO_BAG, tmp_path / "out", "--readout", "--mode", "stereo"))
     assert "--readout: works with one camera only" in error and not (tmp_path / "out").exists()

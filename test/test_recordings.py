@@ -183,7 +183,7 @@ def write_mcap(
     ],
     ids=lambda parts: ",".join(f"{key}={value}" for key, value in parts.items())[:60],
 )
-def test_an_mcap_is_read_whole_whatever_its_index_lacks(tmp_path: Path, parts: dict[str, Any]) -> None:
+def test_an_mcap_is_read_completely_even_if_its_index_is_incomplete(tmp_path: Path, parts: dict[str, Any]) -> None:
     path = write_mcap(tmp_path / "bag.mcap", **parts)
     assert bag_topics(path) == [Topic(TOPIC, IMAGE, 8)]
     messages = [found.message for found in read_messages(path, [TOPIC])]
@@ -195,13 +195,13 @@ def test_an_mcap_is_read_whole_whatever_its_index_lacks(tmp_path: Path, parts: d
     assert bool(remarks) == ("foreign" in parts)
 
 
-def test_a_topic_in_another_encoding_is_named_so_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_requested_topic_in_another_encoding_is_refused_with_its_encoding(tmp_path: Path) -> None:
     path = write_mcap(tmp_path / "bag.mcap", foreign=[("/log", "protobuf", b"\xff")])
     with pytest.raises(BagError, match=r"has no topic /log.*the messages on /log are in the encoding protobuf"):
         list(read_messages(path, ["/log"]))
 
 
-def test_an_index_that_declares_more_than_there_is_is_said_to(kpmatch: Run, tmp_path: Path) -> None:
+def test_an_index_that_declares_too_many_messages_is_reported(kpmatch: Run, tmp_path: Path) -> None:
     path = write_mcap(tmp_path / "bag.mcap", declared=100)
     status, out, err = kpmatch("bag", path, tmp_path / "out", *QUICK)
     said = f"{TOPIC}: the bag's index declares 100 messages, 8 were read"
@@ -237,7 +237,7 @@ def killed(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("shared_memory", [False, True])
-def test_what_a_killed_recorder_left_in_the_log_is_read_and_nothing_is_written(
+def test_the_write_ahead_log_of_a_killed_recorder_is_read_and_nothing_is_written(
     killed: Path, bare: bool, shared_memory: bool
 ) -> None:
     if shared_memory:  # the recorder also leaves this file
@@ -257,7 +257,7 @@ def test_all_frames_of_a_killed_recorder_are_processed(kpmatch: Run, killed: Pat
 # poor metadata
 
 
-def test_a_database_without_an_index_by_time_needs_no_second_one_to_be_read(tmp_path: Path) -> None:
+def test_a_database_without_a_time_index_is_read_without_a_large_temporary_file(tmp_path: Path) -> None:
     with BagWriter(tmp_path / "bag", "sqlite3") as bag:
         for number in (2, 0, 1, *range(3, 8)):
             view = np.tile(picture(number), (10, 10))
@@ -306,8 +306,8 @@ KEYS = ("version", "storage_identifier", "relative_file_paths", "duration", "sta
         pytest.param(lambda tree: tree.update(storage_identifier=""), id="empty storage_identifier"),
         pytest.param(lambda tree: tree.update(storage_identifier="my_plugin"), id="foreign storage_identifier"),
         pytest.param(lambda tree: tree.update(version=99), id="a later version"),
-        pytest.param(lambda tree: tree.update(duration=None, starting_time=3), id="odd times"),
-        pytest.param(lambda tree: tree.update(files=None, message_count=None), id="nothing said"),
+        pytest.param(lambda tree: tree.update(duration=None, starting_time=3), id="wrong times"),
+        pytest.param(lambda tree: tree.update(files=None, message_count=None), id="no files and no count"),
         pytest.param(lambda tree: tree["topics_with_message_count"][0].pop("topic_metadata"), id="a nameless topic"),
         pytest.param(
             lambda tree: [t["topic_metadata"].pop("serialization_format") for t in tree["topics_with_message_count"]],
@@ -327,7 +327,9 @@ def test_a_bag_with_poor_metadata_is_read(bag: Path, change: Callable[[dict[str,
     assert bag_topics(bag) == [Topic("/camera/camera_info", INFO, 8), Topic(TOPIC, IMAGE, 8)]
 
 
-def test_what_metadata_declares_is_compared_with_what_was_read(kpmatch: Run, bag: Path, tmp_path: Path) -> None:
+def test_message_counts_in_the_metadata_that_differ_from_the_files_are_reported(
+    kpmatch: Run, bag: Path, tmp_path: Path
+) -> None:
     def declare(tree: dict[str, Any]) -> None:
         for topic in tree["topics_with_message_count"]:
             topic["message_count"] = 50
@@ -341,7 +343,7 @@ def test_what_metadata_declares_is_compared_with_what_was_read(kpmatch: Run, bag
     assert said in json.loads(out)["remarks"]
 
 
-def test_ten_files_are_read_in_the_order_of_their_numbers(bag: Path, tmp_path: Path) -> None:
+def test_files_that_the_metadata_omits_are_reported_in_the_order_of_their_numbers(bag: Path, tmp_path: Path) -> None:
     (file,) = (path for path in bag.iterdir() if path.name != "metadata.yaml")
     for number in (1, 2, 10):
         shutil.copy(file, bag / f"bag_{number}{file.suffix}")
@@ -372,7 +374,7 @@ def test_a_bag_may_have_more_files_than_a_process_may_have_open(bag: Path) -> No
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_file_that_is_named_twice_is_read_once(bag: Path) -> None:
+def test_a_file_that_the_metadata_lists_twice_is_read_once(bag: Path) -> None:
     change_metadata(bag, lambda tree: tree.update(relative_file_paths=tree["relative_file_paths"] * 2))
     assert stamps_of(bag) == STAMPS
 
@@ -380,7 +382,7 @@ def test_a_file_that_is_named_twice_is_read_once(bag: Path) -> None:
 # damaged MCAP
 
 
-def test_calibration_that_is_declared_and_not_there_is_said_to_be(kpmatch: Run, tmp_path: Path) -> None:
+def test_a_declared_calibration_without_messages_is_reported(kpmatch: Run, tmp_path: Path) -> None:
     """The index declares a channel for camera_info, but no chunk contains a message of it."""
     path = write_mcap(tmp_path / "bag.mcap")
     content = path.read_bytes()
@@ -396,7 +398,7 @@ def test_calibration_that_is_declared_and_not_there_is_said_to_be(kpmatch: Run, 
     assert "NO_CALIBRATION 7" in out
 
 
-def test_a_record_with_a_false_length_is_explained_and_nothing_of_that_length_is_read(tmp_path: Path) -> None:
+def test_a_record_with_a_wrong_length_is_reported_as_truncated(tmp_path: Path) -> None:
     path = write_mcap(tmp_path / "bag.mcap", summary=False)
     content = bytearray(path.read_bytes())
     chunk = 8 + len(record(1, text("ros2") + text("by hand")))

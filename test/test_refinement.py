@@ -45,7 +45,7 @@ def rough_matches(image: np.ndarray, homography: np.ndarray, wrong: float = 0.0)
 @pytest.mark.parametrize(
     ("degrees", "scale", "slant"), [(30, 1, 0), (-50, 1.2, 0), (0, 1.5, 0), (10, 0.75, 0), (15, 1.1, 1e-3)]
 )
-def test_matches_of_a_surface_seen_otherwise_are_found_where_they_are(
+def test_matches_of_a_rotated_scaled_or_slanted_surface_are_refined_accurately(
     degrees: float, scale: float, slant: float, texture: Texture
 ) -> None:
     homography = turned(degrees, scale, slant)
@@ -60,7 +60,7 @@ def test_matches_of_a_surface_seen_otherwise_are_found_where_they_are(
     assert np.median(errors) < 0.1  # 0.07 to 1.7
 
 
-def test_a_deformation_is_read_off_the_neighbours_though_a_third_of_them_err() -> None:
+def test_a_deformation_is_estimated_from_neighbours_even_if_30_percent_are_wrong() -> None:
     draw = np.random.default_rng(1)
     shape = np.array([[0.9, -0.6], [0.5, 1.3]])
     points = draw.uniform(0, 300, (200, 2))
@@ -73,13 +73,13 @@ def test_a_deformation_is_read_off_the_neighbours_though_a_third_of_them_err() -
 
 
 @pytest.mark.parametrize("points", [0, 5, 15])
-def test_few_neighbours_tell_no_deformation(points: int) -> None:
+def test_few_neighbours_give_no_deformation(points: int) -> None:
     places = np.random.default_rng(2).uniform(0, 300, (points, 2))
     found = Neighbours(places, 1.5 * places).deformations(np.arange(points))
     assert found.shape == (points, 2, 2) and (found == np.eye(2)).all()
 
 
-def test_neighbours_that_tell_of_a_mirror_or_a_point_tell_nothing() -> None:
+def test_neighbours_that_suggest_an_implausible_deformation_give_none() -> None:
     points = np.random.default_rng(3).uniform(0, 300, (100, 2))
     for targets in (points * (-1, 1), points * 0.01, points * 5, np.full_like(points, np.nan)):
         assert (Neighbours(points, targets).deformations(np.arange(100)) == np.eye(2)).all()

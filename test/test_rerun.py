@@ -100,7 +100,7 @@ def record(file: Path, frames: int, statuses: dict[int, PoseStatus] | None = Non
         recording.finish([("frames", str(frames))], ["one image was lost"])
 
 
-def test_a_frame_without_a_pose_is_a_gap_and_a_new_chain_a_line_of_its_own(tmp_path: Path) -> None:
+def test_a_frame_without_a_pose_is_a_gap_and_a_new_chain_is_a_separate_line(tmp_path: Path) -> None:
     record(tmp_path / "a.rrd", 6, {3: PoseStatus.FAILED})
     rows = rows_of(tmp_path / "a.rrd")
     rotations = [row["Scalars:scalars"] for row in rows["/figures/rotation"] if "stamp" in row]
@@ -113,7 +113,7 @@ def test_a_frame_without_a_pose_is_a_gap_and_a_new_chain_a_line_of_its_own(tmp_p
     assert "one image was lost" in rows["/table"][0]["TextDocument:text"][0]
 
 
-def test_an_interruption_ends_what_was_shown_of_the_frame_before(tmp_path: Path) -> None:
+def test_an_interruption_clears_the_matches_and_figures_of_the_previous_frame(tmp_path: Path) -> None:
     record(tmp_path / "a.rrd", 6, {3: PoseStatus.INTERRUPTED})
     rows = rows_of(tmp_path / "a.rrd")
     assert [len(row["LineStrips2D:strips"]) for row in rows["/image/matches"]] == [0, 50, 50, 0, 50, 50]
@@ -124,7 +124,7 @@ def test_an_interruption_ends_what_was_shown_of_the_frame_before(tmp_path: Path)
         assert series == [1, 1, 1 - known, 1, 1], name
 
 
-def test_matches_are_neither_right_nor_wrong_where_no_motion_was_estimated(tmp_path: Path) -> None:
+def test_matches_have_a_separate_colour_if_no_motion_was_estimated(tmp_path: Path) -> None:
     with RerunRecording(tmp_path / "a.rrd", "a drive", metric=True) as recording:
         for number, inliers in enumerate((None, np.arange(50) < 49, None)):
             each = result(number)
@@ -148,7 +148,7 @@ def test_large_and_grey_pictures_are_scaled_and_points_with_them(tmp_path: Path)
     )
 
 
-def test_of_many_frames_the_pictures_are_bounded(tmp_path: Path) -> None:
+def test_the_size_of_all_images_of_a_long_recording_is_limited(tmp_path: Path) -> None:
     with RerunRecording(tmp_path / "a.rrd", "a drive", metric=True) as recording:
         for number in range(2500):
             each = result(number)
@@ -161,7 +161,7 @@ def test_of_many_frames_the_pictures_are_bounded(tmp_path: Path) -> None:
     assert len([row for row in rows["/figures/matches"] if "stamp" in row]) == 2499
 
 
-def test_the_recording_is_written_whole_or_not_at_all(
+def test_nothing_is_written_if_the_path_of_the_recording_is_refused(
     kpmatch: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     status, _, error = kpmatch("bag", DEMO, tmp_path / "out", "--rerun", tmp_path / "no" / "a.rrd", *FAST)

@@ -87,26 +87,26 @@ BENT = Ride(turn_changes=(0.003, -0.004, 0.002), way_changes=(-0.01, 0.004, 0.01
 
 
 @pytest.mark.parametrize("ride", [BENT, Ride(camera=DRONE, turn=(0.0, -0.04, 0.02), turn_changes=(0.0, 0.004, 0.0))])
-def test_with_the_motion_before_a_pose_is_that_of_images_read_at_once(ride: Ride) -> None:
-    told, taken_for_global = (
+def test_the_readout_time_and_a_prior_correct_poses_for_a_rolling_shutter(ride: Ride) -> None:
+    corrected, uncorrected = (
         np.array(
             [errors(estimate(ride, seed, prior=ride.motion(-1), readout=readout), ride.motion(0)) for seed in range(8)]
         )
         for readout in (READOUT, 0.0)
     )
-    assert np.median(told[:, 2]) < 9 < 15 < np.median(taken_for_global[:, 2])
-    assert np.median(told[:, 0]) < 0.4 * np.median(taken_for_global[:, 0])
-    assert np.median(told[:, 1]) < np.median(taken_for_global[:, 1])
+    assert np.median(corrected[:, 2]) < 9 < 15 < np.median(uncorrected[:, 2])
+    assert np.median(corrected[:, 0]) < 0.4 * np.median(uncorrected[:, 0])
+    assert np.median(corrected[:, 1]) < np.median(uncorrected[:, 1])
 
 
-def test_without_the_motion_before_the_camera_is_taken_to_go_on_as_it_does() -> None:
+def test_without_a_prior_the_motion_is_assumed_to_be_constant() -> None:
     # The motion is constant in the camera's frame, as for a robot in a curve. On the parabola it changes slightly.
     ride = Ride(way_changes=tuple(np.cross(STRAIGHT.turn, STRAIGHT.way)))
     found = np.array([errors(estimate(ride, seed, readout=READOUT), ride.motion(0)) for seed in range(8)])
     assert np.median(found[:, 2]) < 9
 
 
-def test_a_camera_that_only_turns_does_so_by_rows_too() -> None:
+def test_the_rotation_of_a_camera_that_only_turns_is_corrected_too() -> None:
     ride = Ride(way=(0.0, 0.0, 0.0), turn=(0.0, 0.05, 0.0))
     for seed in range(4):
         pose = estimate_relative_pose(*ride.matches(READOUT, seed), CAMERA, CAMERA, readout=READOUT)
@@ -114,21 +114,21 @@ def test_a_camera_that_only_turns_does_so_by_rows_too() -> None:
         assert pose.status is PoseStatus.NO_TRANSLATION and np.degrees(turn) < 0.005
 
 
-def test_a_global_shutter_is_what_a_readout_of_zero_is() -> None:
+def test_a_readout_of_zero_means_a_global_shutter() -> None:
     points = STRAIGHT.matches(0.0, 0)
-    poses = [estimate_relative_pose(*points, CAMERA, CAMERA, **told) for told in ({}, {"readout": 0.0})]
+    poses = [estimate_relative_pose(*points, CAMERA, CAMERA, **options) for options in ({}, {"readout": 0.0})]
     assert np.array_equal(poses[0].rotation, poses[1].rotation)
 
 
 @pytest.mark.parametrize("readout", [-0.1, 1.1, np.nan, np.inf])
-def test_a_readout_is_a_part_of_the_time_between_two_images(readout: float) -> None:
+def test_a_readout_outside_0_to_1_of_the_frame_interval_is_refused(readout: float) -> None:
     points = STRAIGHT.matches(0.0, 0)
     with pytest.raises(ValueError, match="readout must be a part of the time"):
         estimate_relative_pose(*points, CAMERA, CAMERA, readout=readout)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_is_given_is_a_pose_or_none_and_never_an_error(seed: int) -> None:
+def test_random_points_give_a_valid_pose_or_none_and_never_an_error(seed: int) -> None:
     random = np.random.default_rng(seed)
     points = random.uniform(-200, 900, (2, 60, 2))
     points[random.random((2, 60)) < 0.1] = np.nan
@@ -139,11 +139,11 @@ def test_whatever_is_given_is_a_pose_or_none_and_never_an_error(seed: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("readout_time", "intervals", "told"),
+    ("readout_time", "intervals", "fractions"),
     [(0.03, [0.1, 0.1], [0.3, 0.3]), (0.03, [0.1, 0.02], [0.3, 0.0]), (0.0, [0.1, 0.1], [0.0, 0.0])],
 )
-def test_the_front_end_tells_which_part_of_the_time_between_two_frames_it_is(
-    readout_time: float, intervals: list[float], told: list[float], monkeypatch: pytest.MonkeyPatch
+def test_the_front_end_passes_the_readout_as_a_fraction_of_the_frame_interval(
+    readout_time: float, intervals: list[float], fractions: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[float] = []
 
@@ -158,9 +158,9 @@ def test_the_front_end_tells_which_part_of_the_time_between_two_frames_it_is(
     for frame, interval in zip(demo_frames(3), [0.0, *intervals]):
         stamp += round(1e9 * interval)
         front_end.register([frame.image], [stamp], Camera.from_camera_info(frame.camera_info, rectified=False))
-    assert np.allclose(given, told)
+    assert np.allclose(given, fractions)
 
 
-def test_no_readout_is_longer_than_a_fifth_of_a_second() -> None:
+def test_a_readout_time_that_is_too_long_is_refused() -> None:
     with pytest.raises(ParameterError, match=r"readout_time is 0\.3"):
         Parameters(readout_time=0.3)

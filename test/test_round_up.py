@@ -26,12 +26,12 @@ from kpmatch_ros.runtime.processor import has_amx, processor_features
 
 
 @given(st.integers(1, 16384))
-def test_a_number_of_points_grows_by_an_eighth_or_by_127_at_most(count: int) -> None:
+def test_rounding_up_adds_at_most_127_points_or_a_quarter(count: int) -> None:
     assert count <= rounded_up(count) <= max(64, count + 127, 1.25 * count)
     assert rounded_up(rounded_up(count)) == rounded_up(count)
 
 
-def test_there_are_few_numbers_of_points() -> None:
+def test_there_are_few_rounded_numbers_of_points() -> None:
     assert len({rounded_up(count) for count in range(1, 1025)}) == 9
     assert len({rounded_up(count) for count in range(1, 16385)}) <= 27
 
@@ -66,14 +66,14 @@ def assert_rounding_up_changes_nothing(model: LightGlue | SuperGlue, counts: tup
 @pytest.mark.parametrize("counts", [(1, 1), (64, 64), (64, 65), (100, 150), (300, 129)], ids=str)
 @pytest.mark.parametrize("depth_confidence", [-1.0, 0.2, 0.8])
 @pytest.mark.parametrize("width_confidence", [-1.0, 0.6, 0.9])
-def test_lightglue_matches_stops_and_drops_as_it_does_without(
+def test_lightglue_matches_stops_and_prunes_as_without_rounding_up(
     lightglue: Callable[..., LightGlue], counts: tuple[int, int], depth_confidence: float, width_confidence: float
 ) -> None:
     model = lightglue(depth_confidence=depth_confidence, width_confidence=width_confidence, filter_threshold=0.0)
     assert_rounding_up_changes_nothing(model, counts, 64)
 
 
-def test_lightglue_without_any_point_left_says_so(lightglue: Callable[..., LightGlue]) -> None:
+def test_lightglue_with_all_points_pruned_gives_no_matches(lightglue: Callable[..., LightGlue]) -> None:
     model = lightglue(depth_confidence=-1.0, width_confidence=0.9)
     model.match_assignment_layers[1].matchability.weight.zero_()
     model.match_assignment_layers[1].matchability.bias.fill_(-20)
@@ -84,13 +84,13 @@ def test_lightglue_without_any_point_left_says_so(lightglue: Callable[..., Light
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (64, 65), (100, 150)], ids=str)
-def test_superglue_matches_as_it_does_without(counts: tuple[int, int], randomise_superglue: Any) -> None:
+def test_superglue_matches_as_without_rounding_up(counts: tuple[int, int], randomise_superglue: Any) -> None:
     model = SuperGlue(hidden_size=64, keypoint_encoder_sizes=[16], gnn_layers_types=["self", "cross"] * 2)
     randomise_superglue(model, 0)
     assert_rounding_up_changes_nothing(model, counts, 64)
 
 
-def test_padded_batches_match_as_before(lightglue: Callable[..., LightGlue]) -> None:
+def test_padded_batches_match_as_without_rounding_up(lightglue: Callable[..., LightGlue]) -> None:
     model = lightglue(depth_confidence=0.5, width_confidence=0.8)
     together = [
         ImageFeatures(
@@ -104,7 +104,9 @@ def test_padded_batches_match_as_before(lightglue: Callable[..., LightGlue]) -> 
 
 
 @pytest.mark.parametrize("kind", [ALIKED, DISK, XFeat])
-def test_extractors_find_the_same(kind: type[ALIKED | DISK | XFeat], texture: Any) -> None:
+def test_extractors_find_the_same_keypoints_as_without_rounding_up(
+    kind: type[ALIKED | DISK | XFeat], texture: Any
+) -> None:
     torch.manual_seed(0)
     model = kind()
     for parameter in model.parameters():
@@ -128,7 +130,7 @@ def test_extractors_find_the_same(kind: type[ALIKED | DISK | XFeat], texture: An
     assert model(image).mask.shape[1] == 75
 
 
-def test_layers_see_few_numbers_of_points_whatever_images_have(random_folder: Callable[..., Path]) -> None:
+def test_layers_get_few_different_numbers_of_points(random_folder: Callable[..., Path]) -> None:
     matcher = FeatureMatcher.from_pretrained(
         random_folder(), device="cpu", precision="bfloat16", depth_confidence=0.8, width_confidence=0.8
     )
@@ -149,7 +151,7 @@ def test_layers_see_few_numbers_of_points_whatever_images_have(random_folder: Ca
 
 
 @pytest.mark.parametrize(("precision", "rounded"), [("float32", False), ("bfloat16", True)])
-def test_only_what_is_compiled_for_each_number_is_rounded_up(precision: str, rounded: bool) -> None:
+def test_numbers_are_rounded_up_only_in_bfloat16_and_not_for_a_compiled_matcher(precision: str, rounded: bool) -> None:
     matcher = FeatureMatcher(device="cpu", precision=precision)
     assert isinstance(matcher.matcher, LightGlue)
     assert matcher.extractor.round_up == rounded
@@ -193,7 +195,7 @@ print(json.dumps([before / 1e6, resident_memory() / 1e6, dropped]))
 @pytest.mark.skipif(
     not processor_features() & {"avx512_bf16", "amx_bf16"}, reason="this processor does not compute in bfloat16"
 )
-def test_memory_in_bfloat16_stays_within_a_tenth_of_what_all_layers_take() -> None:
+def test_pruning_in_bfloat16_takes_at_most_10_percent_more_memory_than_all_layers() -> None:
     def measure(*arguments: str) -> list[float]:
         done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
