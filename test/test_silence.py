@@ -14,7 +14,7 @@ from kpmatch_ros.parameter_file import read_parameter_file, without_effect
 from node_harness import SMALL, running_node
 
 
-def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tmp_path: Path) -> None:
+def test_wrong_types_misspelt_parameters_two_publishers_and_similar_topics_are_reported(tmp_path: Path) -> None:
     with running_node(tmp_path, calibrated=False, filter_treshold=0.2, **SMALL) as node:
         ns = node.namespace
         node.node.destroy_publisher(node.images)
@@ -52,7 +52,7 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
         assert elsewhere is not None and beside is not None
 
 
-def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
+def test_the_image_topic_may_be_remapped_to_the_compressed_topic_itself(tmp_path: Path) -> None:
     arguments = ("-r", "image:=camera/image_raw/compressed")
     with running_node(
         tmp_path, arguments, calibrated=False, image_transport="compressed", matcher="nearest", **SMALL
@@ -66,7 +66,7 @@ def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
         assert raw is not None
 
 
-def test_images_on_the_topic_that_was_remapped_by_mistake_are_named(tmp_path: Path) -> None:
+def test_images_on_the_default_topic_are_reported_if_the_remapped_topic_is_silent(tmp_path: Path) -> None:
     arguments = ("-r", "image:=wrong/image_raw")
     with running_node(tmp_path, arguments, calibrated=False, matcher="nearest", **SMALL) as node:
         ns = node.namespace
@@ -75,7 +75,7 @@ def test_images_on_the_topic_that_was_remapped_by_mistake_are_named(tmp_path: Pa
         node.wait_for(lambda: f"{ns}/image is published: remap to it" in node.message(), "the default topic")
 
 
-def test_a_misspelt_parameter_in_a_file_is_named_with_the_nearest_and_has_no_effect(tmp_path: Path) -> None:
+def test_a_misspelt_parameter_in_a_file_is_reported_with_the_closest_name_and_has_no_effect(tmp_path: Path) -> None:
     file = tmp_path / "matcher.yaml"
     file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n    min_inliers: 20\n    wheel_radius: 0.1\n")
     heard: list[str] = []
@@ -96,12 +96,12 @@ def test_a_misspelt_parameter_in_a_file_is_named_with_the_nearest_and_has_no_eff
         ("matching.max_keypoints", "did you mean max_keypoints?"),
     ],
 )
-def test_a_topic_or_a_group_among_the_parameters_is_told_of(name: str, meant: str) -> None:
+def test_a_topic_or_group_given_as_a_parameter_is_reported(name: str, meant: str) -> None:
     (text,) = without_effect([name])
     assert f"{name!r} does not exist and has no effect, did you mean" in text and meant in text
 
 
-def test_a_file_without_a_section_for_the_node_is_named_in_its_log(tmp_path: Path) -> None:
+def test_a_parameter_file_without_a_section_for_the_node_is_named_in_the_log(tmp_path: Path) -> None:
     other, own = tmp_path / "other.yaml", tmp_path / "own.yaml"
     other.write_text("matcher_node:\n  ros__parameters:\n    max_keypoints: 100\n")
     own.write_text("/**:\n  ros__parameters:\n    max_keypoints: 100\n")
@@ -114,7 +114,7 @@ def test_a_file_without_a_section_for_the_node_is_named_in_its_log(tmp_path: Pat
         assert str(own) not in node.log
 
 
-def test_kpmatch_bag_warns_of_it_and_goes_on(tmp_path: Path, kpmatch: Run) -> None:
+def test_kpmatch_bag_warns_of_a_misspelt_parameter_and_continues(tmp_path: Path, kpmatch: Run) -> None:
     file = tmp_path / "matcher.yaml"
     file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n")
     status, _, err = kpmatch("bag", tmp_path / "none", tmp_path / "out", "--params", file)
