@@ -43,7 +43,7 @@ def exact(points: np.ndarray, depth: np.ndarray) -> np.ndarray:
     return np.asarray(world[:, :2] / world[:, 2:] * 300 + (159.5, 119.5))
 
 
-def test_a_point_of_a_slanted_plane_has_one_true_place() -> None:
+def test_a_point_of_a_slanted_plane_has_one_true_position() -> None:
     normal = np.array([0.05, 0.3, 0.2])  # 1 / depth = normal . ray: a floor whose lower part is near
     view, after = (seen(1 / (rays() @ normal), position) for position in (np.zeros(3), STEP))
     points = anywhere()
@@ -54,7 +54,7 @@ def test_a_point_of_a_slanted_plane_has_one_true_place() -> None:
     np.testing.assert_allclose(np.linalg.norm(offsets(beside, places), axis=1), 0.05, atol=1e-3)
 
 
-def test_beside_an_edge_of_the_depth_a_point_may_lie_on_either_surface() -> None:
+def test_a_point_beside_a_depth_edge_may_lie_on_either_surface() -> None:
     depth = np.where(rays()[..., 0] < 0, 2.0, 5.0)
     points = np.array([[158.5, 100.0], [160.5, 60.0]])  # one pixel to either side
     places, _ = project(points, seen(depth, np.zeros(3)), seen(depth, STEP), CAMERA)
@@ -64,7 +64,7 @@ def test_beside_an_edge_of_the_depth_a_point_may_lie_on_either_surface() -> None
     assert np.abs(offsets(exact(points, np.full(2, 3.0)), places)).max() > 1
 
 
-def test_of_tracks_those_are_counted_that_are_keypoints_of_the_frame_before(
+def test_only_tracks_that_are_keypoints_of_the_previous_frame_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bag = tmp_path / "walk"
