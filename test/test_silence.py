@@ -24,7 +24,7 @@ def test_wrong_types_misspelt_parameters_two_publishers_and_similar_topics_are_r
         infos.publish(CameraInfo(width=8, height=8, k=[9.0, 0.0, 4.0, 0.0, 9.0, 4.0, 0.0, 0.0, 1.0]))  # only once
         said = f"no image on {ns}/image"
         node.wait_for(lambda: said in node.message() and "its publisher sends" in node.message(), "the type")
-        node.wait_for(lambda: "no calibration" not in node.message(), "the latched camera_info to be heard")
+        node.wait_for(lambda: "no calibration" not in node.message(), "the latched camera_info to arrive")
         text = node.message()
         assert "sends sensor_msgs/msg/CompressedImage, not sensor_msgs/msg/Image; set image_transport" in text
         assert (
@@ -78,17 +78,17 @@ def test_images_on_the_default_topic_are_reported_if_the_remapped_topic_is_silen
 def test_a_misspelt_parameter_in_a_file_is_reported_with_the_closest_name_and_has_no_effect(tmp_path: Path) -> None:
     file = tmp_path / "matcher.yaml"
     file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n    min_inliers: 20\n    wheel_radius: 0.1\n")
-    heard: list[str] = []
-    parameters = read_parameter_file(file, warn=heard.append)
+    warnings: list[str] = []
+    parameters = read_parameter_file(file, warn=warnings.append)
     assert parameters.min_inliers == 20 and parameters.max_keypoints == 1024
     assert (
-        "'max_keypoint' does not exist and has no effect, did you mean max_keypoints?" in heard[0]
-        and "'wheel_radius' does not exist" in heard[1]
+        "'max_keypoint' does not exist and has no effect, did you mean max_keypoints?" in warnings[0]
+        and "'wheel_radius' does not exist" in warnings[1]
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestion"),
     [
         ("image", "-r image:=/"),
         ("image_topic", "-r image:=/"),
@@ -96,9 +96,9 @@ def test_a_misspelt_parameter_in_a_file_is_reported_with_the_closest_name_and_ha
         ("matching.max_keypoints", "did you mean max_keypoints?"),
     ],
 )
-def test_a_topic_or_group_given_as_a_parameter_is_reported(name: str, meant: str) -> None:
+def test_a_topic_or_group_given_as_a_parameter_is_reported(name: str, suggestion: str) -> None:
     (text,) = without_effect([name])
-    assert f"{name!r} does not exist and has no effect, did you mean" in text and meant in text
+    assert f"{name!r} does not exist and has no effect, did you mean" in text and suggestion in text
 
 
 def test_a_parameter_file_without_a_section_for_the_node_is_named_in_the_log(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_parameter_file_without_a_section_for_the_node_is_named_in_the_log(tmp
         said = (
             f"{other} has no section for {node.namespace}/matcher, so nothing in it has an effect; it has /matcher_node"
         )
-        node.wait_for(lambda: said in node.log, "the file to be named")
+        node.wait_for(lambda: said in node.log, "the file name in the log")
         assert str(own) not in node.log
 
 

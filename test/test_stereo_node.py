@@ -218,7 +218,7 @@ def test_a_silent_camera_and_unpaired_stamps_are_reported(tmp_path: Path) -> Non
             camera.send(10 + 0.05 * i, 0.0, images="left")
         camera.wait_for_warning(f"no image on {camera.node.namespace}/right/image")
         node = camera.node
-        node.wait_for(lambda: node.poses, "word of it to those who wait for poses")
+        node.wait_for(lambda: node.poses, "an INTERRUPTED pose")
         pose = node.poses[0]
         assert pose.status == RelativePose.INTERRUPTED and pose.num_matches == 0
         assert (pose.header.frame_id, pose.header.stamp.sec) == ("left_optical", 10) and pose.reference == Header()
@@ -241,9 +241,9 @@ def test_a_silent_camera_is_reported_after_the_poses_of_the_earlier_frames(tmp_p
         node.wait_for(lambda: node.stereo_matches, "the first frame")
         camera.send(10.1, 0.0)
         camera.send(10.2, 0.0, images="left")
-        node.wait_for(lambda: len(node.poses) == 2, "a pose, and word of the image without a partner")
-        told = [(stamp_of(pose.header), pose.status == RelativePose.INTERRUPTED) for pose in node.poses]
-        assert told == [(10.1, False), (10.2, True)]
+        node.wait_for(lambda: len(node.poses) == 2, "a pose, and the report of the image without a partner")
+        reported = [(stamp_of(pose.header), pose.status == RelativePose.INTERRUPTED) for pose in node.poses]
+        assert reported == [(10.1, False), (10.2, True)]
 
 
 def test_a_new_fault_is_reported_before_the_next_regular_diagnostics(tmp_path: Path) -> None:

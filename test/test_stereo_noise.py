@@ -18,7 +18,7 @@ def errors(scene: Scene, trials: int, **options: object) -> np.ndarray:
     return np.array([(np.linalg.norm(error[:3]), np.linalg.norm(error[3:])) for error in found])
 
 
-@pytest.mark.parametrize("own", [0.1, 0.3], ids=["small own errors", "own errors as large"])
+@pytest.mark.parametrize("own", [0.1, 0.3], ids=["small independent errors", "large independent errors"])
 def test_the_covariance_fits_errors_shared_by_left_and_right(own: float) -> None:
     scene, trials, count = Scene(shared=0.2, own=own), 30, 200
     low, high = chi2.ppf([0.001, 0.999], 6 * trials) / trials

@@ -94,7 +94,7 @@ def test_left_and_right_are_matched_in_every_frame(walked: Registered) -> None:
         assert stereo.inliers is not None
         shift = (stereo.reference_points - stereo.points)[stereo.inliers]
         assert (np.abs(shift[:, 1]) < 1.5).all() and (shift[:, 0] > -1).all()
-        assert np.median(shift[:, 0]) > 3, "but for what is as far as the eye can see"
+        assert np.median(shift[:, 0]) > 3, "most points are near enough for a disparity"
         assert pair is None or pair.current is stereo.reference
     assert [stereo.reset for stereo, _ in walked] == [True, False, False, False]
     assert [pair.reset for _, pair in walked[1:] if pair] == [True, False, False]
@@ -167,7 +167,7 @@ def test_a_standing_drone_gets_no_motion_and_its_stereo_matches_fit_opencvs_rect
         p, q = pose.pose.pose.position, pose.pose.pose.orientation
         assert stands(np.array([p.x, p.y, p.z]), np.array([q.x, q.y, q.z, q.w]))
     path = np.loadtxt(tmp_path / "poses.txt")
-    assert path.shape == (12, 8) and all(stands(row[1:4], row[4:]) for row in path), "nor does it drift away"
+    assert path.shape == (12, 8) and all(stands(row[1:4], row[4:]) for row in path), "the path does not drift"
 
 
 # Refinement
@@ -212,4 +212,4 @@ def test_matches_that_cannot_be_refined_are_nan() -> None:
     assert np.isnan(found[0]).all() and np.abs(found[1] - 50).max() < 0.01
     assert refine(image, image, np.zeros((0, 2)), np.zeros((0, 2))).shape == (0, 2)
     far = refine(image, normalize_contrast(textured(8)), np.array([[50.0, 50.0]]), np.array([[50.0, 50.0]]))
-    assert np.isnan(far).all(), "what moves further than a detector errs was another point"
+    assert np.isnan(far).all(), "a shift larger than a detector's error means another point"

@@ -199,7 +199,7 @@ def test_frames_start_a_new_sequence_after_stamps_went_back(first: int, reset: b
 
 
 def test_old_messages_are_not_combined_with_new_frames_after_stamps_went_back() -> None:
-    """Stereo matches and features with stamps of the new sequence are still waiting there."""
+    """Old stereo matches and features are still waiting, and their stamps occur again in the new sequence."""
     world, keyframes = World(), Keyframes(step=0.05)
     slam = StereoSlam(camera_info("left"), camera_info("right"), rectified=True, keyframes=keyframes)
 
@@ -231,14 +231,14 @@ def test_an_image_with_a_late_partner_gets_its_own_pose() -> None:
     for frame in (2, 3):
         messages = {"stereo_matches": world.stereo(frame), **world.pair(frame - 1, frame)}
         completed = [slam.add(topic, message) for topic, message in messages.items()]
-        assert completed == [0, 0, 1], "with its relative_pose, not with that of before"
+        assert completed == [0, 0, 1], "with its own relative_pose, not with the earlier INTERRUPTED one"
 
 
-@pytest.mark.parametrize("told", ["", "/left", "left"])
-def test_left_features_are_recognised_by_the_frame_id_of_the_matches(told: str) -> None:
+@pytest.mark.parametrize("info_frame_id", ["", "/left", "left"])
+def test_left_features_are_recognised_by_the_frame_id_of_the_matches(info_frame_id: str) -> None:
     """The camera_info may have another frame or none. Lost left features are not replaced by the right ones."""
     info, world = camera_info("left"), World()
-    info.header.frame_id = told
+    info.header.frame_id = info_frame_id
     keyframes = Keyframes(step=0.05, least_path=0.0)
     slam = StereoSlam(info, camera_info("right"), rectified=True, keyframes=keyframes)
     slam.add("stereo_matches", world.stereo(0))
@@ -368,8 +368,8 @@ def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) ->
         try:
             topics = ("matches", "stereo_matches", "relative_pose")
             node.wait_for(lambda: all(node.node.count_subscribers(topic) > 1 for topic in topics), "the back-end")
-            node.wait_for(lambda: node.node.count_subscribers("features"), "the back-end to want features")
-            node.wait_for(truth.get_subscription_count, "the back-end to want the truth")
+            node.wait_for(lambda: node.node.count_subscribers("features"), "the back-end to subscribe to features")
+            node.wait_for(truth.get_subscription_count, "the back-end to subscribe to the true poses")
             sent = 0
             while not paths:  # the matcher's messages are lost until it has discovered the back-end
                 camera.send(10 + 0.1 * sent, places[0])

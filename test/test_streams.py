@@ -1,4 +1,4 @@
-"""Tests of the commands with closed or full standard streams, with a closed terminal, and with unusual names."""
+"""Tests of the commands with closed or full standard streams and with a closed terminal."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_a_full_output_device_is_reported() -> None:
 
 
 def test_a_closed_terminal_leaves_no_incomplete_bag(bag: Path, tmp_path: Path) -> None:
-    def heed() -> None:  # the tests may run under nohup
+    def restore_default() -> None:  # the tests may run under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     command = ["kpmatch", "bag", "in", "out", *QUICK]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=heed, stderr=subprocess.PIPE, text=True
+        command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=restore_default, stderr=subprocess.PIPE, text=True
     )
     while not list(tmp_path.glob(".kpmatch.*")):
         assert process.poll() is None

@@ -60,7 +60,7 @@ def sampled(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return nn.functional.grid_sample(image, (points / limits * 2 - 1)[:, None], align_corners=True)[:, 0, 0]
 
 
-def named(template: str, count: int, validation: bool = False) -> list[str]:
+def image_names(template: str, count: int, validation: bool = False) -> list[str]:
     """Return names of images for training, or for validation."""
     names = (template.format(i) for i in itertools.count())
     return list(itertools.islice((n for n in names if (zlib.crc32(n.encode()) % 20 == 0) == validation), count))
@@ -71,7 +71,9 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 21 photographs, and of a wall with a board in front of it, seen by three cameras."""
     path = tmp_path_factory.mktemp("shards")
     pictures = [shards.encode_grey(texture(240, 320, i)) for i in range(21)]
-    shards.write_photos(path / "photos_0.npz", pictures, named("photo_{}", 20) + named("photo_{}", 1, validation=True))
+    shards.write_photos(
+        path / "photos_0.npz", pictures, image_names("photo_{}", 20) + image_names("photo_{}", 1, validation=True)
+    )
     matrix = np.array([[200.0, 0, 159.5], [0, 200, 119.5], [0, 0, 1]])
     cameras, encoded = [], []
     for shift in (0.0, 0.3, 0.6):
@@ -80,7 +82,7 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cameras.append(pose)
         encoded.append(shards.encode_view(*room(texture, matrix, shift)))
     pairs, overlaps = [(0, 1), (1, 2), (0, 2)], [(0.8, 0.8)] * 3
-    for number, (place,) in enumerate((named("hall_{}", 1), named("hall_{}", 1, validation=True))):
+    for number, (place,) in enumerate((image_names("hall_{}", 1), image_names("hall_{}", 1, validation=True))):
         shards.write_rooms(
             path / f"rooms_{number}.npz",
             encoded,
@@ -210,7 +212,7 @@ def test_one_in_twenty_photographs_and_places_of_rooms_is_always_kept_for_valida
     chosen = views.are_for_validation(names)
     assert 60 < chosen.sum() < 140
     assert views.are_for_validation(["one_more", *names])[1:].tolist() == chosen.tolist()
-    few = named("photo_{}", 3)
+    few = image_names("photo_{}", 3)
     assert views.are_for_validation(few).sum() == 1  # there is always a validation image
 
 
@@ -470,8 +472,10 @@ class Scale(nn.Linear):
         self.config = {"size": size}
 
 
-def learnt(out: Path, names: list[str], size: int, steps: int, hurdle: Callable[[int], float] = lambda step: 1) -> None:
-    """Train such networks, or resume a training. Each step's loss is multiplied by ``hurdle(step)``."""
+def train_scales(
+    out: Path, names: list[str], size: int, steps: int, factor: Callable[[int], float] = lambda step: 1
+) -> None:
+    """Train ``Scale`` networks, or resume a training. Each step's loss is multiplied by ``factor(step)``."""
     students = [loop.Student(name, Scale(size), 1e-2) for name in names]
     words = ["--shards", "none", "--out", str(out), "--steps", str(steps), "--device", "cpu"]
     parser = argparse.ArgumentParser()
@@ -481,20 +485,20 @@ def learnt(out: Path, names: list[str], size: int, steps: int, hurdle: Callable[
 
     def learn(step: int, progress: float) -> dict[str, float]:
         for student in students:
-            student.step(hurdle(step) * student.model(torch.ones(1, size)).square().sum(), 1.0, step)
+            student.step(factor(step) * student.model(torch.ones(1, size)).square().sum(), 1.0, step)
         return {}
 
     loop.run(arguments, settings(), students, learn, dict)
 
 
 def test_a_training_resumes_only_with_the_same_networks(tmp_path: Path) -> None:
-    learnt(tmp_path, ["full", "fast"], 2, 1)
+    train_scales(tmp_path, ["full", "fast"], 2, 1)
     before = (tmp_path / "points.pt").read_bytes()
     for names in (["full"], ["full", "fast", "third"]):
         with pytest.raises(ValueError, match=r"points\.pt holds fast, full: continue with exactly these networks"):
-            learnt(tmp_path, names, 2, 2)
+            train_scales(tmp_path, names, 2, 2)
     assert (tmp_path / "points.pt").read_bytes() == before
-    learnt(tmp_path, ["full", "fast"], 2, 2)
+    train_scales(tmp_path, ["full", "fast"], 2, 2)
     assert torch.load(tmp_path / "points.pt", weights_only=True)["step"] == 2
 
 
@@ -505,11 +509,11 @@ def test_a_training_without_memory_for_one_pair_ends_and_can_be_resumed(tmp_path
         return 1
 
     with pytest.raises(torch.OutOfMemoryError, match="too large"):
-        learnt(tmp_path, ["full"], 2, 9, short_of_memory)
+        train_scales(tmp_path, ["full"], 2, 9, short_of_memory)
     assert not list(tmp_path.glob("*.weights.pt"))
     # A batch of two pairs did not fit, and then a single pair did not fit at the next step, which has to be repeated.
     assert torch.load(tmp_path / "points.pt", weights_only=True)["step"] == 4
-    learnt(tmp_path, ["full"], 2, 9)
+    train_scales(tmp_path, ["full"], 2, 9)
     assert (tmp_path / "points.weights.pt").exists()
 
 
@@ -517,22 +521,22 @@ def test_losses_that_stay_non_finite_end_a_training_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(FloatingPointError, match="the loss of full was not finite in any of 3 steps"):
-        learnt(tmp_path / "short", ["full"], 2, 3, lambda step: np.nan)
+        train_scales(tmp_path / "short", ["full"], 2, 3, lambda step: np.nan)
     monkeypatch.setattr(loop, "PATIENCE", 4)
     with pytest.raises(FloatingPointError, match="the loss of full was not finite in 4 steps in a row"):
-        learnt(tmp_path / "late", ["full"], 2, 100, lambda step: np.inf if step > 5 else 1)
+        train_scales(tmp_path / "late", ["full"], 2, 100, lambda step: np.inf if step > 5 else 1)
     assert not list(tmp_path.glob("*/*.weights.pt"))
-    learnt(tmp_path / "now and then", ["full"], 2, 12, lambda step: np.inf if step % 4 else 1)
+    train_scales(tmp_path / "now and then", ["full"], 2, 12, lambda step: np.inf if step % 4 else 1)
     assert (tmp_path / "now and then" / "points.weights.pt").exists()
-    learnt(tmp_path / "resumed", ["full"], 2, 3)
-    learnt(tmp_path / "resumed", ["full"], 2, 4, lambda step: np.nan)
+    train_scales(tmp_path / "resumed", ["full"], 2, 3)
+    train_scales(tmp_path / "resumed", ["full"], 2, 4, lambda step: np.nan)
     assert torch.load(tmp_path / "resumed" / "points.pt", weights_only=True)["step"] == 4
 
 
 def test_the_parts_of_a_weights_file_always_join_to_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "PART", 1000)
     for size in (30, 2):
-        learnt(tmp_path, ["full"], size, 1)
+        train_scales(tmp_path, ["full"], size, 1)
         (tmp_path / "points.pt").unlink()
     parts = sorted(tmp_path.glob("points.weights.pt.*"), key=lambda part: int(part.suffix[1:]))
     assert b"".join(part.read_bytes() for part in parts) == (tmp_path / "points.weights.pt").read_bytes()
@@ -598,7 +602,7 @@ def test_distillation_refuses_start_weights_of_another_architecture(
 ) -> None:
     start = str(points_file(tmp_path, fast={"decoder_hidden_size": 32}))
     with pytest.raises(ValueError, match="has another architecture than the fast network"):
-        distilled(folder, teacher, tmp_path / "run", "points", "--steps", "1", "--start", start)
+        run_distillation(folder, teacher, tmp_path / "run", "points", "--steps", "1", "--start", start)
     with pytest.raises(KeyError, match="holds full, fast, but no network called slow"):
         export.read_trained(SuperPoint, Path(start), "slow")
 
@@ -637,7 +641,7 @@ def test_gpu_run_sh_trains_both_networks_from_tiny_shards(
         assert min(steps(log)) == 1 and (out / f"{kind}.weights.pt").exists()
 
 
-def commands_of_the_script_for_a_gpu(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def gpu_run_commands(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Return the Python calls that the script would make."""
     words = [*GPU_RUN, "--shards", "shards", "--out", "run", *options]
     return subprocess.run(words, cwd=folder, env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True)
@@ -646,17 +650,17 @@ def commands_of_the_script_for_a_gpu(folder: Path, *options: str) -> subprocess.
 def test_gpu_run_sh_starts_every_stage_from_the_given_weights(tmp_path: Path) -> None:
     starts = ["--start-points", "a b.weights.pt", "--start-matching", "c.weights.pt"]
     for stage in ("both", "distil"):
-        points, matching = commands_of_the_script_for_a_gpu(tmp_path, "--stage", stage, *starts).stdout.splitlines()
+        points, matching = gpu_run_commands(tmp_path, "--stage", stage, *starts).stdout.splitlines()
         assert "--start a b.weights.pt" in points and "--start c.weights.pt" in matching
-    points, matching = commands_of_the_script_for_a_gpu(tmp_path).stdout.splitlines()
+    points, matching = gpu_run_commands(tmp_path).stdout.splitlines()
     assert "--start superpoint-open" in points and "--start lightglue-superpoint-open" in matching
-    assert "--start" not in commands_of_the_script_for_a_gpu(tmp_path, "--stage", "distil").stdout
+    assert "--start" not in gpu_run_commands(tmp_path, "--stage", "distil").stdout
 
 
 def test_gpu_run_sh_uses_the_batch_sizes_of_the_recipe_unless_others_are_given(tmp_path: Path) -> None:
     for stage, expected in (("both", ["16", "32"]), ("points", ["16"]), ("matching", ["32"]), ("distil", ["4", "32"])):
         for more, batches in (([], expected), (["--", "--batch", "2"], ["2"] * len(expected))):
-            commands = commands_of_the_script_for_a_gpu(tmp_path, "--stage", stage, *more).stdout.splitlines()
+            commands = gpu_run_commands(tmp_path, "--stage", stage, *more).stdout.splitlines()
             assert [line.rpartition("--batch ")[2].split()[0] for line in commands] == batches
 
 
@@ -664,7 +668,7 @@ def test_gpu_run_sh_refuses_missing_options_and_unknown_stages(tmp_path: Path) -
     done = subprocess.run([*GPU_RUN, "--minutes", "1"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--shards and --out are required" in done.stderr
-    done = commands_of_the_script_for_a_gpu(tmp_path, "--stage", "piont")
+    done = gpu_run_commands(tmp_path, "--stage", "piont")
     assert (done.returncode, done.stdout) == (2, "")
     assert "unknown stage piont" in done.stderr and not list(tmp_path.iterdir())
 
@@ -744,7 +748,7 @@ def teacher(small: None, tmp_path: Path, randomise_superpoint: Any, randomise_li
     return tmp_path / "teacher"
 
 
-def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) -> dict[int, dict[str, float]]:
+def run_distillation(folder: Path, teacher: Path, out: Path, kind: str, *options: str) -> dict[int, dict[str, float]]:
     """Distil, and return the losses by step."""
     common = ["--shards", folder, "--out", out, "--teacher", teacher, "--batch", 2, "--size", *SIZE, "--log-every", 1]
     few = ["--batches", 3, "--watch-views", 1, "--keypoints", 128, "--layers", 1, "--device", "cpu"]
@@ -776,16 +780,16 @@ def test_distillation_lowers_its_losses_and_resumes_where_it_was_stopped(
 ) -> None:
     monkeypatch.setattr(distil, "RATES", {"points": 5e-3, "matching": 1e-3})
     whole = tmp_path / "whole"
-    points = distilled(folder, teacher, whole, "points", "--steps", "24")
+    points = run_distillation(folder, teacher, whole, "points", "--steps", "24")
     for part in ("points", "descriptors", "contrast"):
         losses = [figures[part] for figures in points.values()]
         assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.01
-    matching = distilled(folder, teacher, whole, "matching", "--steps", "16")
+    matching = run_distillation(folder, teacher, whole, "matching", "--steps", "16")
     totals = [figures["total"] for figures in matching.values()]
     assert np.mean(totals[-6:]) < np.mean(totals[:6])
     parts = tmp_path / "parts"
-    distilled(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
-    again = distilled(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
+    run_distillation(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
+    again = run_distillation(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
     for step in range(1, 7):
         assert again[step] == pytest.approx(points[step], rel=1e-3, abs=2e-3)
     superpoint = export.read_trained(SuperPoint, whole / "points.weights.pt", "fast")
@@ -804,8 +808,8 @@ def test_a_narrow_matcher_continues_from_the_weights_of_another_run(
     state = {"config": narrow.config, "tensors": {name: t.half() for name, t in narrow.state_dict().items()}}
     torch.save({"fast": state}, tmp_path / "start.weights.pt")
     run = tmp_path / "run"
-    distilled(folder, teacher, run, "points", "--steps", "1")
-    distilled(folder, teacher, run, "matching", "--steps", "4", "--start", str(tmp_path / "start.weights.pt"))
+    run_distillation(folder, teacher, run, "points", "--steps", "1")
+    run_distillation(folder, teacher, run, "matching", "--steps", "4", "--start", str(tmp_path / "start.weights.pt"))
     trained = export.read_trained(LightGlue, run / "matching.weights.pt", "fast")
     assert trained.config["descriptor_dim"] == 16 and len(trained.transformer_layers) == 2
     moved = [float((t - narrow.state_dict()[name]).abs().max()) for name, t in trained.state_dict().items()]
