@@ -203,7 +203,7 @@ def test_the_inliers_are_the_correct_matches() -> None:
     assert (inliers & right).sum() > 0.97 * right.sum() and (inliers & ~right).sum() < 5
 
 
-def test_the_covariance_fits_the_errors() -> None:
+def test_the_covariance_agrees_with_the_errors() -> None:
     trials = 100
     low, high = chi2.ppf([0.025, 0.975], 6 * trials) / trials
     assert low < Scene(noise=0.5).consistency(trials).mean() < high
@@ -218,7 +218,7 @@ def test_the_covariance_fits_the_errors() -> None:
     ],
     ids=["wrong matches", "raw", "far"],
 )
-def test_the_covariance_fits_the_errors_in_harder_cases(scene: Scene) -> None:
+def test_the_covariance_agrees_with_the_errors_in_harder_cases(scene: Scene) -> None:
     trials = 30
     low, high = chi2.ppf([0.001, 0.999], 6 * trials) / trials
     assert low < scene.consistency(trials).mean() < high
@@ -332,7 +332,7 @@ def test_a_turn_gives_no_translation_if_the_scene_is_too_far_for_a_disparity(
 @pytest.mark.parametrize(
     ("length", "depth"), [(0.004, (2, 10)), (0.1, (30, 100)), (0.2, (60, 300)), (2.0, (200, 1000)), (5.0, (200, 1000))]
 )
-def test_the_covariance_fits_the_errors_of_translations_in_far_scenes(
+def test_the_covariance_agrees_with_the_errors_of_translations_in_far_scenes(
     length: float, depth: tuple[float, float]
 ) -> None:
     scene = Scene(translation=(0.25 * length, -0.1 * length, length), depth=depth, noise=0.3, unmatched=0.0)

@@ -19,7 +19,7 @@ def errors(scene: Scene, trials: int, **options: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("own", [0.1, 0.3], ids=["small independent errors", "large independent errors"])
-def test_the_covariance_fits_errors_shared_by_left_and_right(own: float) -> None:
+def test_the_covariance_agrees_with_errors_shared_by_left_and_right(own: float) -> None:
     scene, trials, count = Scene(shared=0.2, own=own), 30, 200
     low, high = chi2.ppf([0.001, 0.999], 6 * trials) / trials
     values = scene.consistency(trials, count, sigmas=Scene.shares(count))
