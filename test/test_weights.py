@@ -49,7 +49,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
     save_file(tensors, folder / "model.safetensors")
 
 
-# --------------------------------------------------------------------------------------------------------- the registry
+# -------------------------------------------------------------------------------------------------------- the registry
 
 
 @pytest.mark.parametrize("item", REGISTRY.values(), ids=lambda item: item.name)
@@ -296,7 +296,7 @@ def test_a_file_with_only_some_of_the_tensors_is_refused(tmp_path: Path, tensors
             network.from_pretrained(tmp_path / "some.pth")
 
 
-# --------------------------------------------------------------------------------------------- networks that do not fit
+# -------------------------------------------------------------------------------------------- networks that do not fit
 
 
 def test_an_extractor_given_as_matcher_is_refused_and_the_other_way_round(random_folder: SaveFolder) -> None:
