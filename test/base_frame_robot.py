@@ -51,16 +51,17 @@ def main(bag: Path, folder: Path) -> None:
         node.wait_for(lambda: node.node.count_publishers("odometry"), "the topic")
         node.wait_until_known()
 
-        def said() -> str:
+        def base_frame_warning() -> str:
             return next((a.status[0].message for a in node.diagnostics if "base_frame" in a.status[0].message), "")
 
         play(node, bag, peers, 0)
-        node.wait_for(said, "a warning")
+        node.wait_for(base_frame_warning, "a warning")
         before = len(odometry)
         volatile = node.node.create_publisher(TFMessage, "/tf_static", 10)
-        unheard = "the publisher of /tf_static offers another durability"
+        not_received = "the publisher of /tf_static offers another durability"
         node.wait_for(
-            lambda: unheard in node.message() and unheard in node.log, "word of a publisher that is not heard"
+            lambda: not_received in node.message() and not_received in node.log,
+            "the warning about the incompatible publisher",
         )
         volatility = node.message()
         node.node.destroy_publisher(volatile)
@@ -70,8 +71,8 @@ def main(bag: Path, folder: Path) -> None:
         qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         publisher = node.node.create_publisher(TFMessage, "/tf_static", qos)
         publisher.publish(static)
-        node.wait_for(lambda: unheard not in node.message(), "no word of it any more")
-        node.wait_for(lambda: publisher.get_subscription_count(), "the node to hear /tf_static")
+        node.wait_for(lambda: not_received not in node.message(), "the end of that warning")
+        node.wait_for(lambda: publisher.get_subscription_count(), "the node to subscribe to /tf_static")
         replays = itertools.count(1)
 
         def is_placed() -> bool:  # repeated, because the first images may arrive before the node has /tf_static
@@ -85,7 +86,7 @@ def main(bag: Path, folder: Path) -> None:
         print(
             json.dumps(
                 {
-                    "said": said(),
+                    "said": base_frame_warning(),
                     "volatility": volatility,
                     "before": before,
                     "frames": [last.header.frame_id, last.child_frame_id],

@@ -25,7 +25,7 @@ PIXELS = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 2.0**24, 2.0**31, -(2.0**
 NUMBERS = [np.nan, np.inf, -np.inf, 1e308, -1e308, 5e-324, 1e160, -1e160, -1e6, 0.0, 50.0, -49.9]
 
 
-def beside_forbidden_memory(values: np.ndarray, before: bool) -> np.ndarray:
+def next_to_protected_memory(values: np.ndarray, before: bool) -> np.ndarray:
     """Return a copy of the values adjacent to a protected memory page: after it with ``before``, otherwise before it.
 
     A process that reads the protected page ends.
@@ -43,7 +43,7 @@ def beside_forbidden_memory(values: np.ndarray, before: bool) -> np.ndarray:
     return copy
 
 
-def laid_out(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def with_random_layout(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Return the same values with another memory layout, byte order, precision or alignment, or read-only."""
     kind = random.integers(7)
     if kind == 0:
@@ -97,13 +97,13 @@ def align_spoilt_patches(random: np.random.Generator) -> None:
     """Check that invalid patches do not change the results of the others, and that the arguments do not change."""
     patches, image, start, shapes = patches_to_find(random, 0)
     shifts = int(random.integers(0, 4))
-    image = beside_forbidden_memory(image, before=random.random() < 0.5)
+    image = next_to_protected_memory(image, before=random.random() < 0.5)
     expected = align(patches, image, start, shapes, shifts)
     rows = random.random(len(start)) < 0.5
     for each in (patches, start, shapes):
         if random.random() < 0.5:
             spoil(each, rows, random)
-    given = [laid_out(each, random) for each in (patches, start, shapes)]
+    given = [with_random_layout(each, random) for each in (patches, start, shapes)]
     found = align(given[0], image, given[1], given[2], shifts)
     check_alignment(found, image)
     assert all(np.array_equal(*both, equal_nan=True) for both in zip(given, (patches, start, shapes)))
@@ -118,7 +118,7 @@ def undistort_hostile_points(random: np.random.Generator) -> None:
     if random.random() < 0.5:
         coefficients = np.where(random.random(coefficients.shape) < 0.3, random.choice(NUMBERS), coefficients)
         points = np.where(random.random(points.shape) < 0.2, random.choice(NUMBERS, points.shape), points)
-    given = laid_out(points, random)
+    given = with_random_layout(points, random)
     directions, inverses = undistort(given, "rational_polynomial", coefficients)
     assert np.array_equal(given, points, equal_nan=True)
     solved = np.isfinite(directions).all(axis=1)

@@ -1,8 +1,8 @@
-"""A long run of everything a robot's other nodes do, right and wrong, and a table of what came of it (make soak).
+"""A long run of the node with everything that other nodes may do, and a table of the observations (make soak).
 
 The node runs as its own process. A camera bag is played to it in a loop, faster than it can process, with faults mixed
-in: broken messages, calibrations of no use, silences, jumps in time, subscribers that come and go, resets, parameter
-changes, deactivation. Ends with status 1 where something did not hold: the node died, a diagnostics message did not
+in: broken messages, unusable calibrations, silences, jumps in time, subscribers that come and go, resets, parameter
+changes, deactivation. Ends with status 1 if a check failed: the node died, a diagnostics message did not
 account for every frame, a result was older than the processing of two frames, memory, threads or files grew, or
 something published was not a number.
 """
@@ -160,12 +160,12 @@ class Soak:
                 self.faults.append(f"the node ended with status {self.node.process.returncode}")
                 return
             if now >= due:
-                self.send_something()
+                self.send_frame()
                 due = max(due + interval, now - 1.0)
             self.node.spin(min(max(due - time.monotonic(), 0.0), 0.02))
-            self.look()
+            self.check_messages()
             if now >= next_event:
-                self.do_something_else()
+                self.perform_event()
                 next_event = time.monotonic() + float(self.rng.uniform(2, 15))
             if not self.at_rest and now >= started + WARM_UP * seconds:
                 self.note_memory(processing)
@@ -175,7 +175,7 @@ class Soak:
         report(seconds)
         self.note_memory(processing)
 
-    def send_something(self) -> None:
+    def send_frame(self) -> None:
         """Send a frame, or occasionally something invalid."""
         kind = self.rng.random()
         if kind < 0.03:
@@ -191,7 +191,7 @@ class Soak:
     def _random_image(self) -> Image:
         return self._images[int(self.rng.integers(0, len(self._images)))]
 
-    def look(self) -> None:
+    def check_messages(self) -> None:
         """Check the messages that have arrived."""
         for matches in self.node.stereo_matches:
             self._stereo_costs[nanoseconds(matches.header.stamp)] = inference(matches)
@@ -224,7 +224,7 @@ class Soak:
         del self.node.diagnostics[:-1]
         self._seen = len(self.node.diagnostics)
 
-    def do_something_else(self) -> None:
+    def perform_event(self) -> None:
         """Perform one of the events that happen between frames."""
         kinds = self._kinds()
         event = self._rehearsal.pop(0) if self._rehearsal else kinds[int(self.rng.integers(0, len(kinds)))]
@@ -314,7 +314,7 @@ class Soak:
         for _ in range(FRAMES):
             self.camera.send()
             self.node.spin(1.5 * processing)
-            self.look()
+            self.check_messages()
             held.append(self.memory())
         self.between_frames.append(min(held))
         self.make(Transition.TRANSITION_DEACTIVATE)

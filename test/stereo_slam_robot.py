@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
             topics = ("matches", "stereo_matches", "relative_pose")
             node.wait_for(lambda: all(peer.get_subscription_count() for peer in peers.values()), "the node")
             node.wait_for(lambda: all(node.node.count_subscribers(topic) > 1 for topic in topics), "the back-end")
-            node.wait_for(lambda: node.node.count_subscribers("features"), "the back-end to want features")
+            node.wait_for(lambda: node.node.count_subscribers("features"), "the back-end to subscribe to features")
             node.wait_until_known()
 
             def send(frame: int, x: float) -> None:

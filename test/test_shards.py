@@ -18,7 +18,7 @@ import shards
 Texture = Callable[[int, int, int], np.ndarray]
 
 
-def test_photographs_come_back_nearly_as_they_were(texture: Texture, tmp_path: Path) -> None:
+def test_photographs_are_read_back_almost_unchanged(texture: Texture, tmp_path: Path) -> None:
     photos = [texture(90, 120, seed) for seed in range(3)] + [texture(64, 200, 3)]
     shards.write_photos(tmp_path / "photos_0.npz", [shards.encode_grey(photo) for photo in photos], list("abcd"))
     read = shards.read_photos(tmp_path / "photos_0.npz")
@@ -27,7 +27,7 @@ def test_photographs_come_back_nearly_as_they_were(texture: Texture, tmp_path: P
         assert np.abs(after.astype(float) - before).mean() < 8
 
 
-def test_views_of_rooms_come_back_with_exact_poses_and_nearly_exact_depth(texture: Texture, tmp_path: Path) -> None:
+def test_room_views_are_read_back_with_exact_poses_and_almost_exact_depth(texture: Texture, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tilt = np.linspace(-0.5, 0.5, 40)[None, :].repeat(30, 0)
     normals = np.stack([np.sin(tilt), np.zeros_like(tilt), -np.cos(tilt)], -1)
@@ -64,19 +64,19 @@ def test_views_of_rooms_come_back_with_exact_poses_and_nearly_exact_depth(textur
     assert rooms.normals.shape == (3, 30, 40, 3) and cosines.min() > 0.99
 
 
-def test_a_shard_may_hold_no_view(tmp_path: Path) -> None:
+def test_a_shard_without_views_can_be_written_and_read(tmp_path: Path) -> None:
     (tmp_path / "views").mkdir()
     pack.pack_evaluation(tmp_path / "views", tmp_path / "rooms_heldout.npz")
     rooms = shards.read_rooms(tmp_path / "rooms_heldout.npz")
     assert (rooms.images, len(rooms.depth), len(rooms.normals), len(rooms.pairs)) == ([], 0, 0, 0)
 
 
-def test_light_is_decoded_as_it_was_encoded() -> None:
+def test_srgb_is_the_inverse_of_linear_for_all_8_bit_values() -> None:
     values = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(shards.srgb(shards.linear(values)), values)
 
 
-def test_views_that_come_later_go_into_further_shards(
+def test_views_rendered_later_go_into_new_shards(
     texture: Texture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pack, "SHARD_BYTES", 30_000)
@@ -126,7 +126,7 @@ def test_views_that_come_later_go_into_further_shards(
     assert np.abs(held_out.images[0].astype(float) - held_out.images[1]).max() > 5  # the light differs
 
 
-def test_places_are_numbered_alike_whenever_their_files_were_copied(tmp_path: Path) -> None:
+def test_the_order_of_clusters_does_not_depend_on_file_times(tmp_path: Path) -> None:
     places = [("bathroom", 0), ("hall", 0), ("bathroom", 1), ("hall", 1), ("hall", 2)]
     for age, (scene, cluster) in enumerate(places):
         path = tmp_path / f"{scene}_{cluster:04d}.json"
@@ -145,7 +145,7 @@ SCENE = """<scene version="3.0.0">
 </scene>"""
 
 
-def test_what_a_camera_in_a_box_sees_is_where_it_should_be(texture: Texture, tmp_path: Path) -> None:
+def test_a_rendered_box_has_the_expected_depth_normals_and_colours(texture: Texture, tmp_path: Path) -> None:
     try:
         import render
     except ImportError as error:

@@ -20,7 +20,7 @@ def shared_errors(points: np.ndarray, random: np.random.Generator) -> np.ndarray
     return np.asarray(squares[row, column])
 
 
-def test_a_pose_is_no_surer_than_errors_that_neighbours_share_allow() -> None:
+def test_the_covariance_of_a_pose_covers_errors_shared_by_neighbouring_points() -> None:
     nees = []
     for seed in range(60):
         random = np.random.default_rng(1000 + seed)
@@ -35,7 +35,7 @@ def test_a_pose_is_no_surer_than_errors_that_neighbours_share_allow() -> None:
     assert 3.5 < np.mean(nees) < 8.0  # 5 is correct; 11 if the errors are treated as independent
 
 
-def test_a_blurred_image_does_not_keep_points_where_the_search_began() -> None:
+def test_blur_does_not_bias_refined_points_towards_the_start_of_the_search() -> None:
     texture = np.random.default_rng(0).standard_normal((240, 320)).astype(np.float32)
     picture = 128 + 60 * cv2.GaussianBlur(texture, (0, 0), 1.5) * 3
     blurred = cv2.blur(picture, (1, 5))

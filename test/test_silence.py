@@ -14,7 +14,7 @@ from kpmatch_ros.parameter_file import read_parameter_file, without_effect
 from node_harness import SMALL, running_node
 
 
-def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tmp_path: Path) -> None:
+def test_wrong_types_misspelt_parameters_two_publishers_and_similar_topics_are_reported(tmp_path: Path) -> None:
     with running_node(tmp_path, calibrated=False, filter_treshold=0.2, **SMALL) as node:
         ns = node.namespace
         node.node.destroy_publisher(node.images)
@@ -24,7 +24,7 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
         infos.publish(CameraInfo(width=8, height=8, k=[9.0, 0.0, 4.0, 0.0, 9.0, 4.0, 0.0, 0.0, 1.0]))  # only once
         said = f"no image on {ns}/image"
         node.wait_for(lambda: said in node.message() and "its publisher sends" in node.message(), "the type")
-        node.wait_for(lambda: "no calibration" not in node.message(), "the latched camera_info to be heard")
+        node.wait_for(lambda: "no calibration" not in node.message(), "the latched camera_info to arrive")
         text = node.message()
         assert "sends sensor_msgs/msg/CompressedImage, not sensor_msgs/msg/Image; set image_transport" in text
         assert (
@@ -52,7 +52,7 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
         assert elsewhere is not None and beside is not None
 
 
-def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
+def test_the_image_topic_may_be_remapped_to_the_compressed_topic_itself(tmp_path: Path) -> None:
     arguments = ("-r", "image:=camera/image_raw/compressed")
     with running_node(
         tmp_path, arguments, calibrated=False, image_transport="compressed", matcher="nearest", **SMALL
@@ -66,7 +66,7 @@ def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
         assert raw is not None
 
 
-def test_images_on_the_topic_that_was_remapped_by_mistake_are_named(tmp_path: Path) -> None:
+def test_images_on_the_default_topic_are_reported_if_the_remapped_topic_is_silent(tmp_path: Path) -> None:
     arguments = ("-r", "image:=wrong/image_raw")
     with running_node(tmp_path, arguments, calibrated=False, matcher="nearest", **SMALL) as node:
         ns = node.namespace
@@ -75,20 +75,20 @@ def test_images_on_the_topic_that_was_remapped_by_mistake_are_named(tmp_path: Pa
         node.wait_for(lambda: f"{ns}/image is published: remap to it" in node.message(), "the default topic")
 
 
-def test_a_misspelt_parameter_in_a_file_is_named_with_the_nearest_and_has_no_effect(tmp_path: Path) -> None:
+def test_a_misspelt_parameter_in_a_file_is_reported_with_the_closest_name_and_has_no_effect(tmp_path: Path) -> None:
     file = tmp_path / "matcher.yaml"
     file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n    min_inliers: 20\n    wheel_radius: 0.1\n")
-    heard: list[str] = []
-    parameters = read_parameter_file(file, warn=heard.append)
+    warnings: list[str] = []
+    parameters = read_parameter_file(file, warn=warnings.append)
     assert parameters.min_inliers == 20 and parameters.max_keypoints == 1024
     assert (
-        "'max_keypoint' does not exist and has no effect, did you mean max_keypoints?" in heard[0]
-        and "'wheel_radius' does not exist" in heard[1]
+        "'max_keypoint' does not exist and has no effect, did you mean max_keypoints?" in warnings[0]
+        and "'wheel_radius' does not exist" in warnings[1]
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestion"),
     [
         ("image", "-r image:=/"),
         ("image_topic", "-r image:=/"),
@@ -96,12 +96,12 @@ def test_a_misspelt_parameter_in_a_file_is_named_with_the_nearest_and_has_no_eff
         ("matching.max_keypoints", "did you mean max_keypoints?"),
     ],
 )
-def test_a_topic_or_a_group_among_the_parameters_is_told_of(name: str, meant: str) -> None:
+def test_a_topic_or_group_given_as_a_parameter_is_reported(name: str, suggestion: str) -> None:
     (text,) = without_effect([name])
-    assert f"{name!r} does not exist and has no effect, did you mean" in text and meant in text
+    assert f"{name!r} does not exist and has no effect, did you mean" in text and suggestion in text
 
 
-def test_a_file_without_a_section_for_the_node_is_named_in_its_log(tmp_path: Path) -> None:
+def test_a_parameter_file_without_a_section_for_the_node_is_named_in_the_log(tmp_path: Path) -> None:
     other, own = tmp_path / "other.yaml", tmp_path / "own.yaml"
     other.write_text("matcher_node:\n  ros__parameters:\n    max_keypoints: 100\n")
     own.write_text("/**:\n  ros__parameters:\n    max_keypoints: 100\n")
@@ -110,11 +110,11 @@ def test_a_file_without_a_section_for_the_node_is_named_in_its_log(tmp_path: Pat
         said = (
             f"{other} has no section for {node.namespace}/matcher, so nothing in it has an effect; it has /matcher_node"
         )
-        node.wait_for(lambda: said in node.log, "the file to be named")
+        node.wait_for(lambda: said in node.log, "the file name in the log")
         assert str(own) not in node.log
 
 
-def test_kpmatch_bag_warns_of_it_and_goes_on(tmp_path: Path, kpmatch: Run) -> None:
+def test_kpmatch_bag_warns_of_a_misspelt_parameter_and_continues(tmp_path: Path, kpmatch: Run) -> None:
     file = tmp_path / "matcher.yaml"
     file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n")
     status, _, err = kpmatch("bag", tmp_path / "none", tmp_path / "out", "--params", file)

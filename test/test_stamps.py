@@ -37,7 +37,7 @@ def rewritten(bag: Path, out: Path, stamp: int | None = None, frame_ids: tuple[s
 
 
 @pytest.mark.parametrize(("stamp", "fault", "count"), [(0, "zero stamps", 6), (5 * 10**9, "repeated stamps", 5)])
-def test_the_chain_of_poses_does_not_hang_on_stamps(
+def test_zero_and_repeated_stamps_are_reported_and_do_not_change_the_poses(
     walk: Path, tmp_path: Path, kpmatch: Run, stamp: int, fault: str, count: int
 ) -> None:
     bag = rewritten(walk, tmp_path / "bag", stamp)
@@ -54,7 +54,7 @@ def test_the_chain_of_poses_does_not_hang_on_stamps(
     assert "have the driver stamp each image" in err
 
 
-def test_two_cameras_on_one_topic_are_named_and_never_matched_with_one_another(
+def test_two_cameras_on_one_topic_are_reported_and_never_matched_with_each_other(
     walk: Path, tmp_path: Path, kpmatch: Run
 ) -> None:
     bag = rewritten(walk, tmp_path / "bag", frame_ids=("a", "a", "b", "a"))

@@ -50,7 +50,7 @@ def infos(focal: float = 500.0, baseline: float = BASELINE, **changes: Any) -> t
 # Calibration
 
 
-def test_a_rectified_pair_has_its_baseline_along_the_rows() -> None:
+def test_the_baseline_of_a_rectified_pair_is_along_the_x_axis() -> None:
     camera = StereoCamera.from_camera_infos(*infos(), rectified=True)
     assert math.isclose(camera.baseline, BASELINE)
     np.testing.assert_allclose(camera.translation, [-BASELINE, 0, 0])
@@ -58,7 +58,7 @@ def test_a_rectified_pair_has_its_baseline_along_the_rows() -> None:
 
 
 @pytest.mark.parametrize("lens", ["plumb_bob", "rational", "equidistant"])
-def test_raw_images_have_the_extrinsics_that_opencv_rectified(lens: str) -> None:
+def test_the_extrinsics_of_raw_images_are_recovered_from_opencvs_rectification(lens: str) -> None:
     camera = pair(lens)
     size, shift = (WIDTH, HEIGHT), camera.translation.reshape(3, 1)
     if lens == "equidistant":
@@ -81,7 +81,7 @@ def test_raw_images_have_the_extrinsics_that_opencv_rectified(lens: str) -> None
 
 @pytest.mark.parametrize("rectified", [False, True])
 @pytest.mark.parametrize("wrong", ["left", "right"])
-def test_a_camera_that_is_not_calibrated_or_of_another_size_is_named(wrong: str, rectified: bool) -> None:
+def test_the_camera_that_is_uncalibrated_or_has_the_wrong_size_is_named(wrong: str, rectified: bool) -> None:
     given = {"left": infos()[0], "right": infos()[1]}
     camera = StereoCamera.from_camera_infos(*given.values(), rectified=rectified)
     sizes = dict.fromkeys(given, (WIDTH, HEIGHT)) | {wrong: (8, 8)}
@@ -108,7 +108,7 @@ def test_a_camera_that_is_not_calibrated_or_of_another_size_is_named(wrong: str,
         (infos(p=[500, 0, 320, 0, 0, 500, 240, -60, 0, 0, 1, 0]), "alignment", "one rectified pair"),
     ],
 )
-def test_a_calibration_of_no_use_is_refused_with_the_reason(
+def test_an_unusable_calibration_is_refused_with_the_reason(
     given: tuple[Any, Any], reason: str, text: str, rectified: bool
 ) -> None:
     with pytest.raises(CalibrationError, match=text) as caught:
@@ -116,7 +116,7 @@ def test_a_calibration_of_no_use_is_refused_with_the_reason(
     assert caught.value.reason == reason
 
 
-def test_raw_images_need_a_rotation_to_be_rectified() -> None:
+def test_raw_images_need_a_valid_rectification_rotation() -> None:
     with pytest.raises(CalibrationError, match="R of the right camera_info is not a rotation matrix"):
         StereoCamera.from_camera_infos(*infos(r=[0.0] * 9), rectified=False)
 
@@ -132,7 +132,7 @@ def test_images_of_another_size_are_refused() -> None:
 
 
 @pytest.mark.parametrize("lens", LENSES)
-def test_stereo_matches_agree_on_their_epipolar_lines_and_in_front_only(lens: str) -> None:
+def test_stereo_inliers_are_near_their_epipolar_lines_and_in_front_of_the_cameras(lens: str) -> None:
     camera = pair(lens)
     (left, right, _, _), _ = Scene(lens=lens, unmatched=0.0).pixels(200, 3)
     right[:20, 1] += 4  # off the epipolar line
@@ -171,7 +171,7 @@ def test_exact_matches_give_the_exact_motion_through_any_lens(lens: str) -> None
     np.testing.assert_allclose(scene.error(pose), 0, atol=1e-6)
 
 
-def test_a_camera_that_moved_right_is_to_the_right_by_metres() -> None:
+def test_a_move_to_the_right_gives_a_positive_x_translation_in_metres() -> None:
     pose = Scene(rotation=(0, 0, 0), translation=(0.3, 0, 0)).estimate(50)
     np.testing.assert_allclose(pose.translation, [0.3, 0, 0], atol=1e-6)
 
@@ -186,16 +186,16 @@ def test_a_camera_that_moved_right_is_to_the_right_by_metres() -> None:
         Scene(rotation=(0, 0, 1.5), translation=(0.1, 0.1, -0.1)),
         Scene(translation=(1.0, 0.2, 0.5), rotation=(0, -0.15, 0)),
     ],
-    ids=["40 % wrong", "60 % wrong", "plane", "few depths", "rolled", "far moved"],
+    ids=["40 % wrong", "60 % wrong", "plane", "few depths", "rolled", "long motion"],
 )
-def test_noise_and_wrong_matches_leave_the_motion_within_bounds(scene: Scene) -> None:
+def test_the_motion_is_accurate_despite_noise_and_wrong_matches(scene: Scene) -> None:
     scene = replace(scene, noise=0.5)
     for seed in range(3):
         error = scene.error(scene.estimate(200, seed))
         assert np.linalg.norm(error[:3]) < 0.02 and math.degrees(np.linalg.norm(error[3:])) < 0.2
 
 
-def test_the_inliers_are_the_right_matches() -> None:
+def test_the_inliers_are_the_correct_matches() -> None:
     scene = Scene(noise=0.3, outliers=0.3)
     _, right = scene.pixels(300, 0)
     inliers = scene.estimate(300, 0).inliers
@@ -203,7 +203,7 @@ def test_the_inliers_are_the_right_matches() -> None:
     assert (inliers & right).sum() > 0.97 * right.sum() and (inliers & ~right).sum() < 5
 
 
-def test_the_covariance_is_that_of_the_errors() -> None:
+def test_the_covariance_agrees_with_the_errors() -> None:
     trials = 100
     low, high = chi2.ppf([0.025, 0.975], 6 * trials) / trials
     assert low < Scene(noise=0.5).consistency(trials).mean() < high
@@ -218,13 +218,13 @@ def test_the_covariance_is_that_of_the_errors() -> None:
     ],
     ids=["wrong matches", "raw", "far"],
 )
-def test_the_covariance_stays_right_in_harder_cases(scene: Scene) -> None:
+def test_the_covariance_agrees_with_the_errors_in_harder_cases(scene: Scene) -> None:
     trials = 30
     low, high = chi2.ppf([0.001, 0.999], 6 * trials) / trials
     assert low < scene.consistency(trials).mean() < high
 
 
-def test_whole_pixels_are_no_more_certain_than_rounding_allows() -> None:
+def test_the_covariance_covers_the_rounding_of_whole_pixel_keypoints() -> None:
     trials = 30
     values = Scene(rounded=True).consistency(trials, max_reprojection_error=1.0, keypoint_resolution=1.0)
     assert 2 < values.mean() < chi2.ppf(0.999, 6 * trials) / trials
@@ -253,7 +253,7 @@ OTHER = Scene(rotation=(-0.05, 0.1, 0.0), translation=(-0.3, 0.1, 0.0), noise=0.
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_two_groups_of_matches_with_a_motion_each_are_ambiguous_if_neither_has_most(seed: int) -> None:
+def test_two_motions_without_a_majority_are_ambiguous_unless_a_prior_decides(seed: int) -> None:
     pose = estimate_stereo_motion(*_two_groups(130, 100, 70, seed), pair(), pair())
     check(pose, 300)
     assert pose.status is PoseStatus.AMBIGUOUS and pose.inliers is not None and pose.inliers[:130].mean() > 0.9
@@ -263,11 +263,11 @@ def test_two_groups_of_matches_with_a_motion_each_are_ambiguous_if_neither_has_m
 
     before = estimate_stereo_motion(*_two_groups(300, 0, 0, seed), pair(), pair())
     prior = Motion(before.rotation, before.translation)
-    told = estimate_stereo_motion(*_two_groups(130, 100, 70, seed), pair(), pair(), prior=prior)
-    assert told.status is PoseStatus.OK and np.abs(Scene().error(told)).max() < 0.01
+    decided = estimate_stereo_motion(*_two_groups(130, 100, 70, seed), pair(), pair(), prior=prior)
+    assert decided.status is PoseStatus.OK and np.abs(Scene().error(decided)).max() < 0.01
 
 
-def test_before_something_that_moves_more_matches_that_stand_still_are_another_motion() -> None:
+def test_the_pose_is_not_ok_if_more_matches_stand_still_than_move() -> None:
     mover, still, wrong = _two_groups(100, 0, 0, 0), Scene().pixels(120, 1)[0], _two_groups(0, 0, 40, 0)
     still[2], still[3] = still[0], still[1]
     noise = np.random.default_rng(0)
@@ -276,14 +276,14 @@ def test_before_something_that_moves_more_matches_that_stand_still_are_another_m
 
 
 @pytest.mark.parametrize("groups", [(100, 0, 200), (160, 120, 20), (130, 30, 140)])
-def test_matches_that_most_agree_with_or_the_others_do_not_agree_on_are_sure(groups: tuple[int, int, int]) -> None:
+def test_a_motion_with_a_majority_or_without_a_strong_rival_is_ok(groups: tuple[int, int, int]) -> None:
     for seed in range(4):
         pose = estimate_stereo_motion(*_two_groups(*groups, seed), pair(), pair())
         assert pose.status is PoseStatus.OK
         assert np.abs(Scene().error(pose)).max() < 0.01
 
 
-def test_a_robots_own_body_is_no_other_motion_of_the_scene() -> None:
+def test_matches_on_the_robots_own_body_are_not_taken_for_a_second_motion() -> None:
     scene, body, wrong = _two_groups(120, 0, 0, 0), Scene().pixels(110, 1)[0], _two_groups(0, 0, 40, 0)
     body[2], body[3] = body[0], body[1]
     pixels = [np.concatenate(parts) for parts in zip(scene, body, wrong)]
@@ -291,27 +291,27 @@ def test_a_robots_own_body_is_no_other_motion_of_the_scene() -> None:
     assert pose.status is PoseStatus.OK and pose.inliers is not None and pose.inliers[:120].mean() > 0.9
 
 
-def test_keypoints_that_did_not_move_at_all_are_a_standing_camera() -> None:
+def test_keypoints_that_do_not_move_at_all_mean_a_standing_camera() -> None:
     (left, right, _, _), _ = Scene(rounded=True, unmatched=0.0).pixels(200, 0)
     pose = estimate_stereo_motion(left, right, left, right, pair(), pair())
     assert pose.status is PoseStatus.NO_TRANSLATION
     np.testing.assert_allclose(pose.rotation, np.eye(3), atol=1e-9)
-    assert (pose.covariance.diagonal() > 0).all(), "that it stands still is no more certain than the keypoints"
+    assert (pose.covariance.diagonal() > 0).all(), "the certainty that it stands still is limited by the keypoints"
 
 
-def test_a_millimetre_is_found_where_the_points_allow_it() -> None:
+def test_a_translation_of_one_millimetre_is_detected_with_close_and_precise_points() -> None:
     scene = Scene(noise=0.05, rotation=(0, 0, 0), translation=(0.001, 0, 0), depth=(1.0, 3.0))
     pose = scene.estimate(300)
     assert pose.status is PoseStatus.OK
     np.testing.assert_allclose(pose.translation, scene.translation, atol=3e-4)
 
 
-def test_before_a_scene_too_far_for_the_baseline_only_the_rotation_is_known() -> None:
+def test_only_the_rotation_is_known_if_the_scene_is_too_far_for_the_baseline() -> None:
     scene = Scene(noise=0.3, depth=(5000.0, 50000.0), translation=(0.1, 0, 0))
     pose = scene.estimate(200)
     assert pose.status is PoseStatus.NO_TRANSLATION
     assert math.degrees(np.linalg.norm(scene.error(pose)[3:])) < 0.05
-    assert np.sqrt(pose.covariance[0, 0]) > 0.1, "the translation is said to be unknown by more than it was"
+    assert np.sqrt(pose.covariance[0, 0]) > 0.1, "the sigma of the translation exceeds its length"
 
 
 # No pose
@@ -319,7 +319,7 @@ def test_before_a_scene_too_far_for_the_baseline_only_the_rotation_is_known() ->
 
 @pytest.mark.parametrize("depth", [(60, 300), (200, 1000), (1e3, 5e3), (1e5, 1e6)])
 @pytest.mark.parametrize("noise", [0.1, 0.3])
-def test_before_things_too_far_for_a_disparity_a_turn_is_no_translation(
+def test_a_turn_gives_no_translation_if_the_scene_is_too_far_for_a_disparity(
     depth: tuple[float, float], noise: float
 ) -> None:
     """Then the inverse depths are noise, and some translation times this noise fits anything."""
@@ -332,14 +332,16 @@ def test_before_things_too_far_for_a_disparity_a_turn_is_no_translation(
 @pytest.mark.parametrize(
     ("length", "depth"), [(0.004, (2, 10)), (0.1, (30, 100)), (0.2, (60, 300)), (2.0, (200, 1000)), (5.0, (200, 1000))]
 )
-def test_before_far_things_a_translation_is_as_long_as_it_is(length: float, depth: tuple[float, float]) -> None:
+def test_the_covariance_agrees_with_the_errors_of_translations_in_far_scenes(
+    length: float, depth: tuple[float, float]
+) -> None:
     scene = Scene(translation=(0.25 * length, -0.1 * length, length), depth=depth, noise=0.3, unmatched=0.0)
     errors = scene.consistency(15, 150, max_reprojection_error=1.0)
     assert np.median(errors) < 9  # 5.3 for a chi-square distribution with 6 degrees of freedom
     assert errors.max() < 60
 
 
-def test_where_the_depths_do_not_tell_how_near_points_come_there_is_no_pose() -> None:
+def test_no_pose_is_ok_if_the_depths_are_too_uncertain_for_the_motion() -> None:
     scene = Scene(translation=(5.0, -2.0, 20.0), depth=(200.0, 1000.0), noise=0.3, unmatched=0.0)
     found = [scene.estimate(150, seed, max_reprojection_error=1.0).status for seed in range(30)]
     assert PoseStatus.OK not in found
@@ -352,14 +354,14 @@ def test_without_calibration_there_is_no_pose() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 14])
-def test_too_few_matches_are_named_so(count: int) -> None:
+def test_too_few_matches_give_the_status_too_few_matches(count: int) -> None:
     images, _ = Scene(unmatched=0.0).pixels(20, 0)
     pose = estimate_stereo_motion(*(points[:count] for points in images), pair(), pair())
     check(pose, count)
     assert pose.status is PoseStatus.TOO_FEW_MATCHES
 
 
-def test_without_depth_there_are_too_few_matches() -> None:
+def test_matches_without_depth_give_the_status_too_few_matches() -> None:
     left0, right0, left1, _ = Scene().pixels(100, 0)[0]
     nowhere = np.full_like(right0, np.nan)
     assert estimate_stereo_motion(left0, nowhere, left1, nowhere, pair(), pair()).status is PoseStatus.TOO_FEW_MATCHES
@@ -374,7 +376,7 @@ def test_depth_in_one_of_the_two_frames_is_enough() -> None:
         np.testing.assert_allclose(scene.error(pose), 0, atol=1e-6)
 
 
-def test_matches_at_random_fail() -> None:
+def test_random_matches_give_the_status_failed() -> None:
     random = np.random.default_rng(0)
     left0, right0, _, _ = Scene(unmatched=0.0).pixels(200, 0)[0]
     left1, right1, _, _ = Scene(unmatched=0.0).pixels(200, 1)[0]
@@ -385,7 +387,7 @@ def test_matches_at_random_fail() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_pixels_give_a_pose_or_none_and_never_an_error(seed: int) -> None:
+def test_arbitrary_pixels_never_raise_an_error(seed: int) -> None:
     random = np.random.default_rng(seed)
     kinds = [
         lambda: random.uniform(-1e3, 1e3, (30, 2)),
@@ -405,7 +407,7 @@ def test_the_same_matches_give_the_same_pose() -> None:
     np.testing.assert_array_equal(first.covariance, second.covariance)
 
 
-def test_misuse_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     images, _ = Scene().pixels(20, 0)
     with pytest.raises(ValueError, match="differ in shape"):
         estimate_stereo_motion(images[0], images[1][:5], images[2], images[3], pair(), pair())
@@ -415,7 +417,7 @@ def test_misuse_is_refused() -> None:
         estimate_stereo_motion(*images, pair(), pair(), max_reprojection_error=0.0)
 
 
-def test_points_that_err_alike_make_the_covariance_that_of_fewer() -> None:
+def test_fewer_independent_points_increase_the_covariance() -> None:
     scene = Scene(noise=0.3)
     alone, alike = (scene.estimate(400, independent_points=count) for count in (np.inf, 50))
     used = alone.num_inliers
@@ -425,7 +427,7 @@ def test_points_that_err_alike_make_the_covariance_that_of_fewer() -> None:
 
 
 @pytest.mark.parametrize("lens", ["none", "plumb_bob"])
-def test_what_a_motion_leaves_is_least_squares_in_all_four_images(lens: str) -> None:
+def test_stereo_residuals_are_the_least_squares_minimum_over_all_four_images(lens: str) -> None:
     scene, camera = Scene(noise=0.5, lens=lens), pair(lens)
     images, _ = scene.pixels(40, 3)
     turn, shift = cv2.Rodrigues(np.array(scene.rotation))[0] @ cv2.Rodrigues(np.full(3, 0.001))[0], scene.translation

@@ -190,7 +190,7 @@ def test_every_frame_gives_stereo_matches_and_a_pose_in_metres(tmp_path: Path, c
         assert node.stop() == 0
 
 
-def test_a_calibration_of_no_use_is_named_and_gives_no_pose(tmp_path: Path) -> None:
+def test_an_unusable_calibration_is_reported_and_gives_no_pose(tmp_path: Path) -> None:
     with rig(tmp_path) as camera:
         node, seconds, frames = camera.node, 10.0, 0
         for changes, reason in (
@@ -212,13 +212,13 @@ def test_a_calibration_of_no_use_is_named_and_gives_no_pose(tmp_path: Path) -> N
         node.wait_for(lambda: node.poses[-1].status == RelativePose.OK, "a pose with the right calibration")
 
 
-def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_a_silent_camera_and_unpaired_stamps_are_reported(tmp_path: Path) -> None:
     with rig(tmp_path) as camera:
         for i in range(5):
             camera.send(10 + 0.05 * i, 0.0, images="left")
         camera.wait_for_warning(f"no image on {camera.node.namespace}/right/image")
         node = camera.node
-        node.wait_for(lambda: node.poses, "word of it to those who wait for poses")
+        node.wait_for(lambda: node.poses, "an INTERRUPTED pose")
         pose = node.poses[0]
         assert pose.status == RelativePose.INTERRUPTED and pose.num_matches == 0
         assert (pose.header.frame_id, pose.header.stamp.sec) == ("left_optical", 10) and pose.reference == Header()
@@ -231,7 +231,7 @@ def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) ->
         assert int(figures[f"unpaired: {node.namespace}/left/image"]) > 0 and figures["frames received"] == "0"
 
 
-def test_word_of_a_silent_camera_comes_after_the_poses_of_the_frames_before(tmp_path: Path) -> None:
+def test_a_silent_camera_is_reported_after_the_poses_of_the_earlier_frames(tmp_path: Path) -> None:
     """An offered mask that does not arrive delays a frame, for twice as long as it takes to report a silent camera."""
     with rig(tmp_path, queue="latest", sync_tolerance=1.0) as camera:
         node = camera.node
@@ -241,12 +241,12 @@ def test_word_of_a_silent_camera_comes_after_the_poses_of_the_frames_before(tmp_
         node.wait_for(lambda: node.stereo_matches, "the first frame")
         camera.send(10.1, 0.0)
         camera.send(10.2, 0.0, images="left")
-        node.wait_for(lambda: len(node.poses) == 2, "a pose, and word of the image without a partner")
-        told = [(stamp_of(pose.header), pose.status == RelativePose.INTERRUPTED) for pose in node.poses]
-        assert told == [(10.1, False), (10.2, True)]
+        node.wait_for(lambda: len(node.poses) == 2, "a pose, and the report of the image without a partner")
+        reported = [(stamp_of(pose.header), pose.status == RelativePose.INTERRUPTED) for pose in node.poses]
+        assert reported == [(10.1, False), (10.2, True)]
 
 
-def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_path: Path) -> None:
+def test_a_new_fault_is_reported_before_the_next_regular_diagnostics(tmp_path: Path) -> None:
     """Diagnostics come once a second, but the first one after a fault's result already reports it."""
     with rig(tmp_path) as camera:
         node = camera.node
@@ -271,7 +271,7 @@ def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_pat
         assert [pose.status for pose in node.poses] == [RelativePose.NO_CALIBRATION] * 2 + [RelativePose.INTERRUPTED]
 
 
-def test_a_slow_camera_that_falls_silent_is_named_after_one_image_of_the_other(tmp_path: Path) -> None:
+def test_a_slow_camera_that_falls_silent_is_reported_after_one_image_of_the_other(tmp_path: Path) -> None:
     with rig(tmp_path) as camera:
         node, seconds = camera.node, itertools.count(10)
         right = f"{node.namespace}/right/image"
@@ -294,7 +294,7 @@ def test_a_slow_camera_that_falls_silent_is_named_after_one_image_of_the_other(t
         assert any(is_named_early() for _ in range(10))
 
 
-def test_stamps_that_go_back_begin_anew_and_are_named(tmp_path: Path) -> None:
+def test_stamps_that_go_back_reset_the_matcher_and_are_reported(tmp_path: Path) -> None:
     with rig(tmp_path) as camera:
         node = camera.node
         for seconds in (100.0, 100.1, 50.0, 50.1):
@@ -312,7 +312,7 @@ def test_stamps_that_go_back_begin_anew_and_are_named(tmp_path: Path) -> None:
         assert (node.poses[1].header.stamp.sec, node.poses[1].reference) == (50, Header())
 
 
-def test_odometry_chains_the_poses_past_a_lost_frame_and_two_begin_another_frame(tmp_path: Path) -> None:
+def test_odometry_bridges_one_lost_pose_and_starts_a_new_frame_id_after_two(tmp_path: Path) -> None:
     with rig(tmp_path, publish_odometry=True) as camera:
         node = camera.node
         found: list[Odometry] = []
@@ -348,7 +348,7 @@ def test_odometry_chains_the_poses_past_a_lost_frame_and_two_begin_another_frame
             node.wait_for(lambda frame=frame: found[-1].header.frame_id == frame, frame)
 
 
-def test_a_baseline_in_millimetres_is_named_with_its_value(tmp_path: Path) -> None:
+def test_a_baseline_in_millimetres_is_reported_with_its_value(tmp_path: Path) -> None:
     with rig(tmp_path) as camera:
         for i in range(2):
             camera.send(1.0 + 0.1 * i, 0.02 * i, baseline=1000 * BASELINE)

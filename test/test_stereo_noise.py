@@ -18,8 +18,8 @@ def errors(scene: Scene, trials: int, **options: object) -> np.ndarray:
     return np.array([(np.linalg.norm(error[:3]), np.linalg.norm(error[3:])) for error in found])
 
 
-@pytest.mark.parametrize("own", [0.1, 0.3], ids=["small own errors", "own errors as large"])
-def test_the_covariance_is_that_of_errors_that_left_and_right_share(own: float) -> None:
+@pytest.mark.parametrize("own", [0.1, 0.3], ids=["small independent errors", "large independent errors"])
+def test_the_covariance_agrees_with_errors_shared_by_left_and_right(own: float) -> None:
     scene, trials, count = Scene(shared=0.2, own=own), 30, 200
     low, high = chi2.ppf([0.001, 0.999], 6 * trials) / trials
     values = scene.consistency(trials, count, sigmas=Scene.shares(count))
@@ -28,7 +28,7 @@ def test_the_covariance_is_that_of_errors_that_left_and_right_share(own: float) 
     assert low < scene.consistency(trials, count).mean() < high
 
 
-def test_with_few_points_of_which_one_sets_a_direction_the_covariance_is_not_too_sure() -> None:
+def test_the_covariance_covers_the_errors_if_one_of_few_points_determines_a_direction() -> None:
     scene, count = Scene(shared=0.2, own=0.1), 20
     poses = [scene.estimate(count, seed, sigmas=Scene.shares(count), min_inliers=8) for seed in range(150)]
     errors = np.array([scene.error(pose) for pose in poses])
@@ -36,7 +36,7 @@ def test_with_few_points_of_which_one_sets_a_direction_the_covariance_is_not_too
     assert 4.5 < np.mean(values) < 7.0  # 6 is correct
 
 
-def test_a_match_is_left_out_with_all_of_its_directions() -> None:
+def test_leave_one_out_agrees_with_the_exact_solution_for_every_match() -> None:
     random = np.random.default_rng(3)
     jacobian = random.normal(0, 0.05, (6, 3, 40))
     jacobian[:, 0, 7] = 0.9 * np.eye(6)[2]  # determines one direction almost alone
@@ -54,7 +54,7 @@ def test_a_match_is_left_out_with_all_of_its_directions() -> None:
         np.testing.assert_allclose(found[:, i], exact, rtol=1e-9 if i == 7 else 0.02, atol=1e-4)
 
 
-def test_better_points_count_for_more() -> None:
+def test_weighting_by_standard_deviations_reduces_the_errors() -> None:
     scene, trials = Scene(shared=0.2, own=0.1), 15
     alike = errors(scene, trials, sigmas=np.ones(200))
     weighted = errors(scene, trials, sigmas=Scene.shares(200))
@@ -68,7 +68,7 @@ def test_only_the_ratio_of_standard_deviations_counts() -> None:
     np.testing.assert_allclose(one.covariance, other.covariance, rtol=1e-9)
 
 
-def test_a_shared_error_moves_the_point_and_leaves_its_depth() -> None:
+def test_a_shared_error_moves_a_point_but_does_not_change_its_depth() -> None:
     camera = pair()
     (left, right, _, _), _ = Scene(unmatched=0.0).pixels(50, 0)
     exact = StereoPoints.of(left, right, camera, np.ones(50))
@@ -83,7 +83,7 @@ def test_a_shared_error_moves_the_point_and_leaves_its_depth() -> None:
 
 
 @pytest.mark.parametrize("sigmas", [np.ones(19), np.zeros(20), np.full(20, np.nan), np.ones((20, 2))])
-def test_standard_deviations_that_are_none_are_refused(sigmas: np.ndarray) -> None:
+def test_invalid_standard_deviations_are_refused(sigmas: np.ndarray) -> None:
     images, _ = Scene().pixels(20, 0)
     with pytest.raises(ValueError, match="sigmas must be 20 positive finite numbers; got shape"):
         estimate_stereo_motion(*images, pair(), pair(), sigmas=sigmas)

@@ -61,7 +61,7 @@ def truth(walk: Path) -> dict[int, Pose]:
     return dict(zip(stamps.tolist(), poses))
 
 
-def test_the_motion_of_a_walk_is_right_to_a_hundredth(walked: Registered, truth: dict[int, Pose]) -> None:
+def test_the_motion_of_a_walk_is_accurate_to_one_percent(walked: Registered, truth: dict[int, Pose]) -> None:
     assert walked[0][1] is None
     translation_errors, rotation_errors = [], []
     for _, pair in walked[1:]:
@@ -75,7 +75,7 @@ def test_the_motion_of_a_walk_is_right_to_a_hundredth(walked: Registered, truth:
     assert max(rotation_errors) < 0.1, rotation_errors
 
 
-def test_the_covariance_of_a_walk_is_no_smaller_than_its_errors(walked: Registered, truth: dict[int, Pose]) -> None:
+def test_the_covariance_of_a_walk_covers_its_errors(walked: Registered, truth: dict[int, Pose]) -> None:
     squares = []
     for _, pair in walked[1:]:
         assert pair is not None
@@ -94,13 +94,13 @@ def test_left_and_right_are_matched_in_every_frame(walked: Registered) -> None:
         assert stereo.inliers is not None
         shift = (stereo.reference_points - stereo.points)[stereo.inliers]
         assert (np.abs(shift[:, 1]) < 1.5).all() and (shift[:, 0] > -1).all()
-        assert np.median(shift[:, 0]) > 3, "but for what is as far as the eye can see"
+        assert np.median(shift[:, 0]) > 3, "most points are near enough for a disparity"
         assert pair is None or pair.current is stereo.reference
     assert [stereo.reset for stereo, _ in walked] == [True, False, False, False]
     assert [pair.reset for _, pair in walked[1:] if pair] == [True, False, False]
 
 
-def test_tracks_and_keyframes_live_on_in_stereo(walk: Path) -> None:
+def test_tracks_and_keyframes_persist_in_stereo_mode(walk: Path) -> None:
     pairs = [
         pair
         for _, pair in register(
@@ -114,7 +114,7 @@ def test_tracks_and_keyframes_live_on_in_stereo(walk: Path) -> None:
     assert len(shared) > 20 and all(first[track] == last[track] for track in shared)
 
 
-def test_swapped_images_are_noticed(walk: Path) -> None:
+def test_swapped_images_are_detected(walk: Path) -> None:
     front_end = FrontEnd(Parameters(device="cpu", precision="float32", max_keypoints=256))
     messages = {topic: message for topic, _, _, message in read_messages(walk)}
     camera = StereoCamera.from_camera_infos(
@@ -127,7 +127,7 @@ def test_swapped_images_are_noticed(walk: Path) -> None:
     assert result.pair is not None and result.pair.pose.status is PoseStatus.NO_CALIBRATION
 
 
-def test_a_standing_drone_stands_and_its_stereo_matches_lie_on_opencvs_epipolar_lines(
+def test_a_standing_drone_gets_no_motion_and_its_stereo_matches_fit_opencvs_rectification(
     recorded_data: Path, tmp_path: Path
 ) -> None:
     bag = recorded_data / "euroc_v101_still_stereo"
@@ -167,7 +167,7 @@ def test_a_standing_drone_stands_and_its_stereo_matches_lie_on_opencvs_epipolar_
         p, q = pose.pose.pose.position, pose.pose.pose.orientation
         assert stands(np.array([p.x, p.y, p.z]), np.array([q.x, q.y, q.z, q.w]))
     path = np.loadtxt(tmp_path / "poses.txt")
-    assert path.shape == (12, 8) and all(stands(row[1:4], row[4:]) for row in path), "nor does it drift away"
+    assert path.shape == (12, 8) and all(stands(row[1:4], row[4:]) for row in path), "the path does not drift"
 
 
 # Refinement
@@ -183,7 +183,7 @@ def textured(shift: float, gain: float = 1.0, offset: float = 0.0) -> np.ndarray
 
 
 @pytest.mark.parametrize(("gain", "offset"), [(1.0, 0.0), (0.7, 30.0)], ids=["equal", "other exposure"])
-def test_whole_pixel_matches_become_exact_in_any_light(gain: float, offset: float) -> None:
+def test_whole_pixel_matches_are_refined_under_any_exposure(gain: float, offset: float) -> None:
     random = np.random.default_rng(0)
     points0 = np.round(random.uniform(20, 100, (60, 2)))
     guess = points0 + (3, 0) + random.integers(-1, 2, points0.shape)
@@ -192,7 +192,7 @@ def test_whole_pixel_matches_become_exact_in_any_light(gain: float, offset: floa
     assert np.isfinite(found).all() and np.abs(error).max() < 0.1
 
 
-def test_a_slanting_surface_is_matched_as_exactly_as_one_seen_straight() -> None:
+def test_matches_on_a_slanted_surface_are_refined_to_a_twentieth_of_a_pixel() -> None:
     random = np.random.default_rng(0)
     image = textured(0)
     slant = np.array([[1.06, 0.12, -9.3], [0.0, 1.03, -2.6]])  # stretched and sheared as from another viewpoint
@@ -204,7 +204,7 @@ def test_a_slanting_surface_is_matched_as_exactly_as_one_seen_straight() -> None
     assert np.sqrt(np.mean((found - expected) ** 2)) < 0.05
 
 
-def test_what_is_not_found_is_nan() -> None:
+def test_matches_that_cannot_be_refined_are_nan() -> None:
     image = normalize_contrast(textured(0))
     assert np.isnan(refine(image, np.zeros_like(image), np.array([[50.0, 50.0]]), np.array([[50.0, 50.0]]))).all()
     unknown = np.array([[np.nan, np.nan], [50.0, 50.0]])
@@ -212,4 +212,4 @@ def test_what_is_not_found_is_nan() -> None:
     assert np.isnan(found[0]).all() and np.abs(found[1] - 50).max() < 0.01
     assert refine(image, image, np.zeros((0, 2)), np.zeros((0, 2))).shape == (0, 2)
     far = refine(image, normalize_contrast(textured(8)), np.array([[50.0, 50.0]]), np.array([[50.0, 50.0]]))
-    assert np.isnan(far).all(), "what moves further than a detector errs was another point"
+    assert np.isnan(far).all(), "a shift larger than a detector's error means another point"

@@ -55,7 +55,7 @@ from examples.stereo_slam.smoother import Calibration
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def test_smoothing_keeps_to_the_tracks_and_not_to_those_that_slip() -> None:
+def test_smoothing_follows_the_good_tracks_and_ignores_slipping_ones() -> None:
     slam, world = new_slam(), World()
     slam.add("stereo_matches", world.stereo(0))
     for frame in range(1, 13):
@@ -64,7 +64,7 @@ def test_smoothing_keeps_to_the_tracks_and_not_to_those_that_slip() -> None:
     assert errors(slam).max() < 0.01, "the guess of each motion alone is off by 0.017 m"
 
 
-def test_a_frame_without_a_pose_and_one_lost_on_the_way_are_found_by_their_tracks() -> None:
+def test_tracks_bridge_a_frame_without_a_pose_and_a_lost_frame() -> None:
     slam, world = new_slam(), World()
     slam.add("stereo_matches", world.stereo(0))
     for frame in range(1, 10):
@@ -73,7 +73,7 @@ def test_a_frame_without_a_pose_and_one_lost_on_the_way_are_found_by_their_track
     assert len(slam.stamps) == 9 and errors(slam).max() < 0.02
 
 
-def test_a_dark_frame_is_passed_over() -> None:
+def test_the_path_continues_across_a_dark_frame() -> None:
     slam, world = new_slam(), World()
     slam.add("stereo_matches", world.stereo(0))
     for frame in (1, 2, 3):
@@ -100,7 +100,7 @@ def test_a_dark_frame_is_passed_over() -> None:
 
 
 @pytest.mark.parametrize("aside", [0.0, 2.0])
-def test_a_right_point_that_belongs_to_another_left_point_is_left_out(
+def test_a_right_point_that_belongs_to_another_left_point_is_ignored(
     monkeypatch: pytest.MonkeyPatch, aside: float
 ) -> None:
     world, slam = World(), new_slam()
@@ -119,7 +119,7 @@ def test_a_right_point_that_belongs_to_another_left_point_is_left_out(
 
 
 @pytest.mark.parametrize("right", ["right", "left"])
-def test_a_keyframes_disparities_are_those_of_its_stereo_matches(right: str) -> None:
+def test_the_disparities_of_a_keyframe_come_from_its_stereo_matches(right: str) -> None:
     """Its keypoints are as detected, at whole pixels. The stereo matches are at the tracks."""
     world, calibration = World(), (camera_info("left"), camera_info("right"))
     slam = StereoSlam(*calibration, rectified=True, keyframes=Keyframes(step=0.05, least_path=0.0))
@@ -137,7 +137,7 @@ def test_a_keyframes_disparities_are_those_of_its_stereo_matches(right: str) -> 
     np.testing.assert_allclose(disparities, (pixels[:, 0] - pixels[:, 2])[matched], atol=1e-9)
 
 
-def test_the_page_on_front_ends_makes_the_factor_that_a_relative_pose_says() -> None:
+def test_the_code_in_front_end_md_makes_a_factor_with_the_messages_pose_and_covariance() -> None:
     random = np.random.default_rng(0)
     turn, moved = Rotation.from_rotvec([0.3, -0.8, 0.5]), np.array([0.4, -0.2, 1.0])
     spread = 1e-4 * random.normal(size=(6, 6))
@@ -167,7 +167,7 @@ def test_messages_of_a_frame_may_come_in_any_order() -> None:
     assert completed == [0, 0, 2], "the first frame is known with the first pair"
 
 
-def test_after_a_reset_only_a_guess_joins_the_frames() -> None:
+def test_after_a_reset_only_a_motion_guess_connects_the_frames() -> None:
     slam, world = new_slam(), World()
     slam.add("stereo_matches", world.stereo(0))
     feed(slam, world, 0, 1)
@@ -180,7 +180,7 @@ def test_after_a_reset_only_a_guess_joins_the_frames() -> None:
 
 @pytest.mark.parametrize("first", [0, 20])
 @pytest.mark.parametrize("reset", [True, False])
-def test_after_stamps_went_back_the_frames_are_taken_as_a_new_walk(first: int, reset: bool) -> None:
+def test_frames_start_a_new_sequence_after_stamps_went_back(first: int, reset: bool) -> None:
     """A bag is looped, or a clock is set back. The first pair afterwards may be lost, and its reset with it."""
     slam, world = new_slam(), World()
     slam.add("stereo_matches", world.stereo(first))
@@ -198,8 +198,8 @@ def test_after_stamps_went_back_the_frames_are_taken_as_a_new_walk(first: int, r
     assert np.linalg.norm(moved[0].translation() - moved[1].translation()) < 0.02
 
 
-def test_after_stamps_went_back_nothing_of_before_is_taken_for_what_comes() -> None:
-    """Stereo matches and features with stamps of the new sequence are still waiting there."""
+def test_old_messages_are_not_combined_with_new_frames_after_stamps_went_back() -> None:
+    """Old stereo matches and features are still waiting, and their stamps occur again in the new sequence."""
     world, keyframes = World(), Keyframes(step=0.05)
     slam = StereoSlam(camera_info("left"), camera_info("right"), rectified=True, keyframes=keyframes)
 
@@ -222,7 +222,7 @@ def test_after_stamps_went_back_nothing_of_before_is_taken_for_what_comes() -> N
     assert {each.features.again for each in keyframes.kept if each.number >= 8} == {True}
 
 
-def test_an_image_whose_partner_came_late_has_its_own_pose() -> None:
+def test_an_image_with_a_late_partner_gets_its_own_pose() -> None:
     """The node has reported it as INTERRUPTED before."""
     slam, world = new_slam(), World()
     slam.add("stereo_matches", world.stereo(0))
@@ -231,14 +231,14 @@ def test_an_image_whose_partner_came_late_has_its_own_pose() -> None:
     for frame in (2, 3):
         messages = {"stereo_matches": world.stereo(frame), **world.pair(frame - 1, frame)}
         completed = [slam.add(topic, message) for topic, message in messages.items()]
-        assert completed == [0, 0, 1], "with its relative_pose, not with that of before"
+        assert completed == [0, 0, 1], "with its own relative_pose, not with the earlier INTERRUPTED one"
 
 
-@pytest.mark.parametrize("told", ["", "/left", "left"])
-def test_the_left_cameras_features_are_those_in_the_frame_of_the_matches(told: str) -> None:
+@pytest.mark.parametrize("info_frame_id", ["", "/left", "left"])
+def test_left_features_are_recognised_by_the_frame_id_of_the_matches(info_frame_id: str) -> None:
     """The camera_info may have another frame or none. Lost left features are not replaced by the right ones."""
     info, world = camera_info("left"), World()
-    info.header.frame_id = told
+    info.header.frame_id = info_frame_id
     keyframes = Keyframes(step=0.05, least_path=0.0)
     slam = StereoSlam(info, camera_info("right"), rectified=True, keyframes=keyframes)
     slam.add("stereo_matches", world.stereo(0))
@@ -253,7 +253,7 @@ def test_the_left_cameras_features_are_those_in_the_frame_of_the_matches(told: s
 
 @pytest.mark.parametrize("rectified", [True, False])
 @pytest.mark.parametrize("crop", ["binning", "region of interest", "principal points"])
-def test_binning_and_region_of_interest_are_those_of_the_images(rectified: bool, crop: str) -> None:
+def test_binning_and_region_of_interest_are_applied_to_the_calibration(rectified: bool, crop: str) -> None:
     """The images have half the calibration's size, by binning or cropping, or the principal points differ."""
     random = np.random.default_rng(1)
     inside = np.c_[random.uniform(-1, 1, (50, 2)), random.uniform(4, 9, 50)]
@@ -309,7 +309,7 @@ def keyframe(world: World, frame: int) -> Keyframe:
     return Keyframe(frame, None, pixels[:, :2], pixels[:, 2], np.full(120, NOISE))
 
 
-def test_two_keyframes_give_a_loop_in_metres_and_matches_at_random_give_none() -> None:
+def test_two_keyframes_give_a_loop_in_metres_and_random_matches_give_none() -> None:
     world = World()
     world.slip *= 0.0
     calibration = Calibration(FOCAL, FOCAL, *CENTRE, BASELINE)
@@ -324,7 +324,7 @@ def test_two_keyframes_give_a_loop_in_metres_and_matches_at_random_give_none() -
     assert align(keyframe(world, 0), keyframe(world, 8), pairs, scores, calibration) is None
 
 
-def test_a_loop_takes_the_drift_out_of_all_poses_and_a_wrong_one_gives_way() -> None:
+def test_loops_remove_the_drift_of_all_poses_and_a_wrong_loop_has_little_effect() -> None:
     sigmas = np.full(6, 0.01)
     drift = gtsam.Pose3.Expmap(np.array([0, 0, 0.001, 0.005, 0, 0]))
     smoothed, graph = [gtsam.Pose3()], PoseGraph()
@@ -368,8 +368,8 @@ def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) ->
         try:
             topics = ("matches", "stereo_matches", "relative_pose")
             node.wait_for(lambda: all(node.node.count_subscribers(topic) > 1 for topic in topics), "the back-end")
-            node.wait_for(lambda: node.node.count_subscribers("features"), "the back-end to want features")
-            node.wait_for(truth.get_subscription_count, "the back-end to want the truth")
+            node.wait_for(lambda: node.node.count_subscribers("features"), "the back-end to subscribe to features")
+            node.wait_for(truth.get_subscription_count, "the back-end to subscribe to the true poses")
             sent = 0
             while not paths:  # the matcher's messages are lost until it has discovered the back-end
                 camera.send(10 + 0.1 * sent, places[0])
@@ -396,7 +396,7 @@ def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) ->
     assert slam.returncode == 0 and picture.stat().st_size > 10_000, log.read_text()
 
 
-def test_a_calibration_that_was_sent_once_is_heard_and_one_that_is_missing_is_named() -> None:
+def test_a_latched_calibration_is_received_and_a_missing_one_is_reported() -> None:
     """There is a latched camera_info (durability transient_local) only of the left camera, from before the back-end."""
     context = rclpy.Context()
     with domain_id() as domain:

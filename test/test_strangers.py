@@ -65,7 +65,7 @@ def folder(random_folder: Any) -> Path:
         (SuperPoint, {"keypoint_threshold": {}}),
     ],
 )
-def test_a_configuration_that_the_file_does_not_fit_is_refused_before_anything_is_built(
+def test_a_configuration_that_does_not_fit_the_file_is_refused_before_memory_is_allocated(
     folder: Path, tmp_path: Path, model: Any, config: dict[str, Any]
 ) -> None:
     part = "keypoint_detector_config" if model is SuperPoint else ""
@@ -106,7 +106,7 @@ def test_a_superglue_of_a_hundred_thousand_layers_is_refused(random_folder: Any,
     ],
     ids=str,
 )
-def test_a_configuration_with_which_no_network_can_work_is_refused_by_key_and_value(
+def test_an_impossible_configuration_is_refused_with_its_key_and_value(
     kind: Any, built: dict[str, Any], said: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     network = kind(**built)
@@ -120,7 +120,7 @@ def test_a_configuration_with_which_no_network_can_work_is_refused_by_key_and_va
 
 
 @pytest.mark.parametrize("kind", [ALIKED, DISK, XFeat])
-def test_an_extractor_of_an_impossible_radius_is_refused(kind: Any) -> None:
+def test_an_extractor_with_an_invalid_nms_radius_is_refused(kind: Any) -> None:
     with pytest.raises(WeightsError, match="nms_radius is -5; it must be from 0 to 64"):
         kind(nms_radius=-5)
 
@@ -139,7 +139,7 @@ def test_deeply_nested_json_is_refused(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["x" * 300, "a/" * 3000 + "b", "~nouser_at_all/x", "~nouser_at_all", "a\0b", "", "\n" * 9]
 )
-def test_a_name_that_cannot_be_is_refused(kpmatch: Run, name: str) -> None:
+def test_an_impossible_name_of_weights_is_refused_in_one_line(kpmatch: Run, name: str) -> None:
     if name:
         with pytest.raises(WeightsError):
             FeatureMatcher(extractor=name)
@@ -161,7 +161,7 @@ def test_weights_in_a_fifo_are_refused_without_waiting(folder: Path, tmp_path: P
         LightGlue.from_pretrained(source)
 
 
-def test_a_parameter_file_nested_without_end_is_refused(tmp_path: Path) -> None:
+def test_a_parameter_file_with_deep_nesting_or_an_invalid_date_is_refused(tmp_path: Path) -> None:
     for text in ("[" * 5000, "{a: " * 5000, "- " * 5000 + "x", "a: 2001-99-99"):
         (tmp_path / "params.yaml").write_text(text)
         with pytest.raises(ParameterError, match=r"params\.yaml"):
@@ -171,7 +171,7 @@ def test_a_parameter_file_nested_without_end_is_refused(tmp_path: Path) -> None:
 # Machines and files
 
 
-def test_without_a_home_weights_have_a_place(kpmatch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_weights_are_found_without_a_home_directory(kpmatch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home(*_: Any) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -245,7 +245,9 @@ def test_the_size_that_kpmatch_match_chooses_suits_both_images(
     assert all(text in err for text in said), err
 
 
-def test_a_fault_of_the_program_is_one_line(kpmatch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_one_line_unless_a_traceback_is_requested(
+    kpmatch: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("KPMATCH_TRACEBACK", raising=False)
     monkeypatch.setattr("kpmatch_ros.weights.REGISTRY", None)
     status, out, err = kpmatch("weights", "list")
@@ -256,7 +258,7 @@ def test_a_fault_of_the_program_is_one_line(kpmatch: Run, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("poses", ["out", "./out", "bag", "bag/metadata.yaml", "folder"])
-def test_poses_in_the_place_of_something_else_are_refused_at_once(
+def test_a_poses_path_that_is_already_in_use_is_refused_before_any_work(
     kpmatch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poses: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Tests of the commands with closed or full standard streams, with a closed terminal, and with unusual names."""
+"""Tests of the commands with closed or full standard streams and with a closed terminal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def closing(*descriptors: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("closed", [(0, 2), (0, 1, 2)], ids=["all but stdout", "all"])
-def test_a_stream_that_is_closed_does_no_harm(bag: Path, tmp_path: Path, closed: tuple[int, ...]) -> None:
+def test_kpmatch_bag_works_with_closed_standard_streams(bag: Path, tmp_path: Path, closed: tuple[int, ...]) -> None:
     command = ["kpmatch", "bag", "in", "out", "--json", "--poses", "poses.txt", *QUICK]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=closing(*closed), capture_output=True)
     assert done.returncode == 0 and done.stderr == b""
@@ -44,30 +44,30 @@ def test_a_stream_that_is_closed_does_no_harm(bag: Path, tmp_path: Path, closed:
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2], ids=["stdin", "stdout", "stderr"])
-def test_any_one_stream_may_be_closed(closed: int) -> None:
+def test_kpmatch_weights_list_works_with_any_one_stream_closed(closed: int) -> None:
     done = subprocess.run(["kpmatch", "weights", "list"], preexec_fn=closing(closed), capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and ("superpoint-open" in done.stdout) == (closed != 1)
 
 
-def test_a_fault_is_not_printed_among_the_results_where_stderr_is_closed(tmp_path: Path) -> None:
+def test_errors_are_not_printed_to_stdout_if_stderr_is_closed(tmp_path: Path) -> None:
     done = subprocess.run(["kpmatch", "bag", "none", "out"], cwd=tmp_path, preexec_fn=closing(2), capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"")
 
 
-def test_an_output_that_is_full_is_named() -> None:
+def test_a_full_output_device_is_reported() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(["kpmatch", "weights", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr == "kpmatch weights list: the output cannot be written: No space left on device\n"
 
 
-def test_a_terminal_that_goes_away_leaves_no_half_bag_behind(bag: Path, tmp_path: Path) -> None:
-    def heed() -> None:  # the tests may run under nohup
+def test_a_closed_terminal_leaves_no_incomplete_bag(bag: Path, tmp_path: Path) -> None:
+    def restore_default() -> None:  # the tests may run under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     command = ["kpmatch", "bag", "in", "out", *QUICK]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=heed, stderr=subprocess.PIPE, text=True
+        command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=restore_default, stderr=subprocess.PIPE, text=True
     )
     while not list(tmp_path.glob(".kpmatch.*")):
         assert process.poll() is None
@@ -77,7 +77,7 @@ def test_a_terminal_that_goes_away_leaves_no_half_bag_behind(bag: Path, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_with_nohup_the_work_goes_on(bag: Path, tmp_path: Path) -> None:
+def test_kpmatch_bag_continues_under_nohup(bag: Path, tmp_path: Path) -> None:
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 

@@ -51,14 +51,14 @@ def follow(poses: list[tuple[Array, Array]], rays: Array, unit: bool = True) -> 
 
 
 @pytest.mark.parametrize("frames", [3, 6, FRAMES + 4])
-def test_few_points_that_stand_still_are_contradicted(frames: int) -> None:
+def test_static_points_are_contradicted_only_at_the_given_rate(frames: int) -> None:
     scenes = [follow(*walk(frames, 1000, seed)) for seed in range(6)]  # all points of a scene share its motion's errors
     assert all((scene.freedom == 2 * min(frames, FRAMES + 1) - 3).all() for scene in scenes)
     for rate in (0.05, 1e-2):
         assert 0.5 * rate < np.mean([scene.contradicts(rate).mean() for scene in scenes]) < 1.5 * rate
 
 
-def test_what_slides_along_the_epipolar_lines_is_found_over_several_frames() -> None:
+def test_points_that_slide_along_epipolar_lines_are_detected_over_several_frames() -> None:
     poses, rays = walk(6, 500)
     translation = poses[-1][1]
     along = rays - (translation[:2] / translation[2])[:, None]
@@ -71,7 +71,7 @@ def test_what_slides_along_the_epipolar_lines_is_found_over_several_frames() -> 
     assert two_frames[:50].mean() < 0.2
 
 
-def test_lengths_are_chained_and_points_that_were_not_always_seen_count() -> None:
+def test_translation_lengths_are_chained_also_with_points_that_appeared_later() -> None:
     poses, rays = walk(6, 400)
     lengths = [0.5, 1.0, 2.0, 0.7, 1.3]
     start, positions = poses[0][1], [poses[0][1]]
@@ -95,7 +95,7 @@ def test_lengths_are_chained_and_points_that_were_not_always_seen_count() -> Non
     assert scene.freedom[0] == 3 and scene.freedom[1] == 9
 
 
-def test_noise_that_most_points_speak_for_contradicts_none() -> None:
+def test_the_noise_is_estimated_so_that_noisy_points_are_not_contradicted() -> None:
     poses, rays = walk(6, 1000)
     noisy = rays + np.random.default_rng(2).normal(0, 4 * NOISE, rays.shape)
     scene = follow(poses, noisy)
@@ -132,7 +132,7 @@ def with_a_rest(rest: int, late: float) -> tuple[Array, Array]:
 @pytest.mark.parametrize("late", [0.0, 0.6])
 @pytest.mark.parametrize("rest", [0, 3, 12, 60])
 @pytest.mark.parametrize("metric", [False, True])
-def test_a_camera_that_rests_keeps_the_unit_of_its_way(metric: bool, rest: int, late: float) -> None:
+def test_the_unit_of_length_survives_a_rest_of_the_camera(metric: bool, rest: int, late: float) -> None:
     """The frames before the rest determine depths. What is seen during the rest is noise."""
     positions, seen = with_a_rest(rest, late)
     window, columns, scaled, steps = Window.start(), np.array([0]), [], []
@@ -155,7 +155,7 @@ def test_a_camera_that_rests_keeps_the_unit_of_its_way(metric: bool, rest: int, 
 
 @pytest.mark.parametrize("turns", [3, 12, 40])
 @pytest.mark.parametrize("metric", [False, True])
-def test_a_camera_that_only_turned_since_it_saw_other_points_has_metres_or_no_unit(metric: bool, turns: int) -> None:
+def test_the_unit_of_length_is_lost_after_turning_to_other_points_unless_it_is_metric(metric: bool, turns: int) -> None:
     rng, count = np.random.default_rng(turns), 600
     points = np.stack([rng.uniform(-6, 6, count), rng.uniform(-3, 3, count), rng.uniform(4, 20, count)])
     ways = np.array([*range(8), *[7] * turns, 8]) * 0.3
@@ -177,7 +177,7 @@ def test_a_camera_that_only_turned_since_it_saw_other_points_has_metres_or_no_un
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_tracks_that_were_anywhere_before_are_contradicted_and_leave_the_motion_to_the_others(seed: int) -> None:
+def test_tracks_with_random_earlier_positions_are_contradicted_and_do_not_change_the_motion(seed: int) -> None:
     rng = np.random.default_rng(seed)
     poses, rays = walk(6, 200, seed)
     rays = rays.astype(np.float32)
@@ -197,7 +197,7 @@ def test_tracks_that_were_anywhere_before_are_contradicted_and_leave_the_motion_
 
 @pytest.mark.parametrize("error", [0.05, 0.3])
 @pytest.mark.parametrize("lens", [CAMERA, FISHEYE, DRONE], ids=["pinhole", "fisheye", "drone"])
-def test_points_that_stand_still_stay_wherever_in_the_image_they_are(lens: Camera, error: float) -> None:
+def test_static_points_are_kept_everywhere_in_the_image(lens: Camera, error: float) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.uniform((0, 0), (lens.width, lens.height), (4000, 2))
     rays = np.column_stack([lens.normalise(pixels), np.ones(len(pixels))])
@@ -223,7 +223,7 @@ def test_points_that_stand_still_stay_wherever_in_the_image_they_are(lens: Camer
         assert not ring.any() or scene.contradicts(1e-2)[ring].mean() < 0.02
 
 
-def test_a_scene_without_points_leaves_its_oldest_camera() -> None:
+def test_a_scene_without_points_drops_its_oldest_camera() -> None:
     places = np.array([[0.1 * i, 0, 0] for i in range(FRAMES, -1, -1)])
     cameras = Window(np.stack([np.eye(3)] * (FRAMES + 1)), places)
     scene = Structure.of(

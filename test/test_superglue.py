@@ -206,7 +206,9 @@ def test_the_threshold_of_the_configuration_separates_matches_from_the_rest(pair
 
 
 @pytest.mark.usefixtures("transport_without_padding")
-def test_the_usual_size_matches_as_transformers_does(pair: Pair, record_difference: RecordDifference) -> None:
+def test_a_network_of_the_usual_size_matches_as_transformers_does(
+    pair: Pair, record_difference: RecordDifference
+) -> None:
     layers = {"keypoint_encoder_sizes": [32, 64, 128, 256], "gnn_layers_types": ["self", "cross"] * 9}
     theirs, ours = pair(5, hidden_size=256, **layers)
     inputs = features(5, 300, 260, dim=256)
@@ -216,7 +218,7 @@ def test_the_usual_size_matches_as_transformers_does(pair: Pair, record_differen
 
 
 @pytest.mark.usefixtures("transport_without_padding")
-def test_images_match_through_the_detector_of_the_same_folder_as_in_transformers(
+def test_superpoint_and_superglue_of_one_folder_match_images_as_in_transformers(
     tmp_path: Path,
     pair: Pair,
     texture: Any,
@@ -342,7 +344,7 @@ def test_padding_of_one_image_changes_nothing(superglue: Callable[..., SuperGlue
     assert torch.allclose(found.scores0, alone.scores0, atol=1e-4)
 
 
-def test_a_pair_with_an_image_without_keypoints_leaves_the_others_of_its_batch_alone(
+def test_an_image_without_keypoints_does_not_affect_the_other_pairs_of_the_batch(
     superglue: Callable[..., SuperGlue],
 ) -> None:
     matcher = superglue()
@@ -355,7 +357,7 @@ def test_a_pair_with_an_image_without_keypoints_leaves_the_others_of_its_batch_a
     assert (found.scores0[1:] == 0).all() and (found.scores1[1:] == 0).all()
 
 
-def test_the_order_of_keypoints_plays_no_part(superglue: Callable[..., SuperGlue]) -> None:
+def test_the_order_of_keypoints_does_not_matter(superglue: Callable[..., SuperGlue]) -> None:
     matcher, inputs = superglue(), features(1, 40, 40)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     image0, image1 = inputs
@@ -391,7 +393,7 @@ def test_normalised_positions_keep_the_aspect_ratio() -> None:
     assert torch.allclose(normalise_keypoints(corners, torch.tensor([SIZE])), expected)
 
 
-def test_half_precision_keeps_most_matches_and_sees_positions_in_single(superglue: Callable[..., SuperGlue]) -> None:
+def test_bfloat16_keeps_most_matches_and_encodes_positions_in_float32(superglue: Callable[..., SuperGlue]) -> None:
     matcher, inputs = superglue(), features(1, 100, 100)
     single = matcher(*inputs)
     encoder = matcher.keypoint_encoder.state_dict()

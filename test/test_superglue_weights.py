@@ -59,7 +59,7 @@ def test_the_authors_file_gives_the_same_network(superglue: Callable[..., SuperG
     assert options.sinkhorn_iterations == 20 and options.filter_threshold == 0.2
 
 
-def test_attention_is_that_of_the_authors_arrangement(superglue: Callable[..., SuperGlue]) -> None:
+def test_attention_gives_the_result_of_the_authors_channel_order(superglue: Callable[..., SuperGlue]) -> None:
     ours = superglue(4)
     tensors = authors_file(ours.state_dict(), heads=4)
     x, source = torch.randn(2, 64, 7), torch.randn(2, 64, 9)

@@ -115,7 +115,9 @@ def test_finds_and_describes_the_keypoints_that_transformers_does(
     assert_equal(found, expected, record_difference)
 
 
-def test_the_fast_weights_find_and_describe_what_they_do_in_transformers(texture: Any, record_difference: Any) -> None:
+def test_the_fast_weights_give_the_same_keypoints_and_descriptors_as_in_transformers(
+    texture: Any, record_difference: Any
+) -> None:
     transformers = pytest.importorskip("transformers")
     folder = resolve("superpoint-open-fast")
     theirs = transformers.LightGlueForKeypointMatching.from_pretrained(folder, dtype=torch.float32).keypoint_detector
@@ -182,7 +184,7 @@ def test_removes_keypoints_at_all_four_borders(pair: Pair, texture: Any, record_
     assert_equal(found, inside, record_difference)
 
 
-def test_a_border_wider_than_the_image_leaves_nothing(ours: Callable[..., SuperPoint], texture: Any) -> None:
+def test_a_border_wider_than_the_image_leaves_no_keypoints(ours: Callable[..., SuperPoint], texture: Any) -> None:
     assert ours(border_removal_distance=500)(batch(texture(40, 48, 0))).keypoints.shape == (1, 0, 2)
 
 
@@ -200,7 +202,7 @@ def test_images_of_a_batch_give_what_each_gives_alone(pair: Pair, texture: Any, 
     assert not detections.keypoints[~detections.mask].any()
 
 
-def test_an_image_without_keypoints_gives_none_beside_one_with_some(
+def test_an_image_without_keypoints_may_share_a_batch_with_one_that_has_some(
     ours: Callable[..., SuperPoint], texture: Any
 ) -> None:
     model, images = ours(), batch(np.full((96, 128), 128, np.uint8), texture(96, 128, 5))
@@ -211,7 +213,7 @@ def test_an_image_without_keypoints_gives_none_beside_one_with_some(
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_none_or_one_keypoint_is_found_as_by_transformers(
+def test_zero_or_one_keypoint_is_found_as_in_transformers(
     pair: Pair, texture: Any, record_difference: Any, count: int
 ) -> None:
     theirs, ours = pair(0)
@@ -235,7 +237,7 @@ def test_an_image_smaller_than_a_cell_has_no_keypoints(
     assert [tuple(field.shape) for field in detections] == [(2, 0, 2), (2, 0), (2, 0, 64), (2, 0), (2,)]
 
 
-def test_an_image_of_one_cell_is_looked_at(ours: Callable[..., SuperPoint], texture: Any) -> None:
+def test_an_image_of_one_cell_can_have_keypoints(ours: Callable[..., SuperPoint], texture: Any) -> None:
     detections = ours(keypoint_threshold=0.0)(batch(texture(8, 8, 0)))
     assert detections.keypoints.shape[1] > 0
     assert detections.keypoints.max() < 8
@@ -243,7 +245,7 @@ def test_an_image_of_one_cell_is_looked_at(ours: Callable[..., SuperPoint], text
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 80), (57, 40), (97, 75), (131, 64)])
-def test_an_image_worked_on_in_bands_gives_what_it_gives_as_a_whole(
+def test_an_image_processed_in_bands_gives_the_same_features_as_a_whole(
     ours: Callable[..., SuperPoint], texture: Any, monkeypatch: pytest.MonkeyPatch, height: int, width: int
 ) -> None:
     model, images = ours(), batch(texture(height, width, 1), texture(height, width, 2))
@@ -259,7 +261,7 @@ def test_an_image_worked_on_in_bands_gives_what_it_gives_as_a_whole(
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("round_up", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 72), (64, 8), (97, 75)])
-def test_descriptors_at_keypoints_are_those_of_the_whole_map(
+def test_descriptors_computed_at_keypoints_equal_those_sampled_from_the_whole_map(
     ours: Callable[..., SuperPoint],
     monkeypatch: pytest.MonkeyPatch,
     layout: Any,
@@ -278,7 +280,7 @@ def test_descriptors_at_keypoints_are_those_of_the_whole_map(
     assert torch.allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_pooling_by_comparing_is_pooling(ours: Callable[..., SuperPoint], texture: Any) -> None:
+def test_pooling_by_comparison_equals_ordinary_pooling(ours: Callable[..., SuperPoint], texture: Any) -> None:
     model, images = ours(), batch(texture(97, 75, 1), texture(97, 75, 2))
     found = model.encoder(images)
     for block in model.encoder.conv_blocks:
@@ -287,7 +289,7 @@ def test_pooling_by_comparing_is_pooling(ours: Callable[..., SuperPoint], textur
 
 
 @pytest.mark.parametrize("pooling", [True, False])
-def test_the_first_convolution_in_bfloat16_is_as_exact_as_in_float32(
+def test_the_first_convolution_in_bfloat16_is_as_accurate_as_the_rounded_float32_result(
     texture: Any, monkeypatch: pytest.MonkeyPatch, pooling: bool
 ) -> None:
     torch.manual_seed(0)
@@ -308,7 +310,7 @@ def test_the_first_convolution_in_bfloat16_is_as_exact_as_in_float32(
     assert (coarse - precise).abs().mean() > 4 * (found.float() - precise.bfloat16().float()).abs().mean()
 
 
-def test_training_in_bfloat16_converts_nothing_back_between_convolutions() -> None:
+def test_training_in_bfloat16_stays_in_bfloat16_between_convolutions() -> None:
     block = superpoint.ConvBlock(1, 16, pooling=True).train()
     seen: list[torch.dtype] = []
     block.conv_b.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
@@ -320,7 +322,7 @@ def test_training_in_bfloat16_converts_nothing_back_between_convolutions() -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_below_zero_becomes_zero_in_every_precision(dtype: torch.dtype) -> None:
+def test_relu_sets_negative_values_to_zero_in_every_precision(dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).tiny
     values = torch.tensor([-torch.inf, -3.0, -tiny, -0.0, 0.0, tiny, 3.0, torch.inf], dtype=dtype)
     expected = torch.tensor([0, 0, 0, 0, 0, tiny, 3.0, torch.inf], dtype=dtype)
@@ -345,9 +347,7 @@ def test_descriptors_have_unit_length(ours: Callable[..., SuperPoint], texture: 
     assert torch.allclose(detections.descriptors.norm(dim=-1), torch.ones(1), atol=1e-5)
 
 
-def test_a_picture_moved_by_a_cell_gives_the_same_keypoints_moved(
-    ours: Callable[..., SuperPoint], texture: Any
-) -> None:
+def test_shifting_a_picture_by_whole_cells_shifts_its_keypoints(ours: Callable[..., SuperPoint], texture: Any) -> None:
     model, picture = ours(), texture(200, 200, 9)
     (first,) = as_found(model(batch(picture[:192, :176])))
     (second,) = as_found(model(batch(picture[8:200, 16:192])))
@@ -358,7 +358,7 @@ def test_a_picture_moved_by_a_cell_gives_the_same_keypoints_moved(
 
 
 @pytest.mark.parametrize("radius", [1, 3, 4])
-def test_suppression_leaves_local_maxima_that_keep_their_distance(radius: int) -> None:
+def test_suppression_keeps_local_maxima_that_are_further_apart_than_the_radius(radius: int) -> None:
     scores = torch.rand(2, 50, 70, generator=torch.Generator().manual_seed(radius))
     kept = suppress_non_maxima(scores.clone(), radius)
     for image, result in zip(scores, kept):
@@ -370,7 +370,7 @@ def test_suppression_leaves_local_maxima_that_keep_their_distance(radius: int) -
         assert torch.equal(result[result > 0], image[result > 0])
 
 
-def test_scores_that_are_selected_from_stay_as_they_are_also_without_suppression(
+def test_selection_does_not_change_the_scores_even_without_suppression(
     ours: Callable[..., SuperPoint], texture: Any
 ) -> None:
     model = ours(nms_radius=0)
@@ -382,13 +382,13 @@ def test_scores_that_are_selected_from_stay_as_they_are_also_without_suppression
     assert torch.equal(scores, before)
 
 
-def test_a_point_suppressed_only_by_a_suppressed_neighbour_comes_back() -> None:
+def test_a_point_suppressed_only_by_a_suppressed_neighbour_is_kept() -> None:
     scores = torch.zeros(1, 1, 20)
     scores[0, 0, [5, 8, 11]] = torch.tensor([0.9, 0.8, 0.7])
     assert suppress_non_maxima(scores, 4).nonzero()[:, 2].tolist() == [5, 11]
 
 
-def test_selection_gives_x_before_y_and_leaves_out_what_is_not_above_the_threshold() -> None:
+def test_selection_gives_x_before_y_and_only_scores_above_the_threshold() -> None:
     scores = torch.zeros(2, 6, 9)
     scores[0, 2, 7], scores[0, 5, 1], scores[0, 0, 0] = 0.75, 0.875, 0.25
     scores[1, 1, 3], scores[1, 4, 4] = 0.5, 0.25
@@ -399,7 +399,7 @@ def test_selection_gives_x_before_y_and_leaves_out_what_is_not_above_the_thresho
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_finds_most_keypoints_and_scores_them_in_single(
+def test_half_precision_finds_most_keypoints_and_returns_float32(
     ours: Callable[..., SuperPoint], texture: Any, dtype: torch.dtype
 ) -> None:
     model, image = ours(max_keypoints=150), batch(texture(120, 160, 3))
@@ -441,14 +441,14 @@ def test_the_authors_file_gives_the_same_network(
         assert torch.equal(found, expected)
 
 
-def test_the_authors_file_brings_the_authors_settings(ours: Callable[..., SuperPoint], tmp_path: Path) -> None:
+def test_the_authors_file_is_loaded_with_the_authors_settings(ours: Callable[..., SuperPoint], tmp_path: Path) -> None:
     path = tmp_path / "superpoint_v1.pth"
     torch.save(authors_names(ours()), path)
     loaded = SuperPoint.from_pretrained(path)
     assert (loaded.keypoint_threshold, loaded.nms_radius, loaded.border, loaded.max_keypoints) == (0.005, 4, 4, -1)
 
 
-def test_keypoints_are_read_out_to_a_fraction_of_a_pixel() -> None:
+def test_read_out_locates_keypoints_with_subpixel_precision() -> None:
     true = torch.tensor([[[10.3, 20.6], [30.0, 8.45]]])
     x, y = torch.meshgrid(torch.arange(48.0), torch.arange(32.0), indexing="xy")
     squared = (x - true[0, :, 0, None, None]).square() + (y - true[0, :, 1, None, None]).square()
@@ -458,7 +458,7 @@ def test_keypoints_are_read_out_to_a_fraction_of_a_pixel() -> None:
     assert read_out(scores, at_the_corner).isfinite().all()
 
 
-def test_a_superpoint_reads_out_the_keypoints_that_it_finds_as_whole_pixels(
+def test_subpixel_moves_keypoints_by_at_most_two_pixels_and_keeps_their_scores(
     small_superpoint: dict[str, Any], randomise_superpoint: Any, texture: Any
 ) -> None:
     image = torch.from_numpy(texture(120, 160, 3))[None, None].float() / 255

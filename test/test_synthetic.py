@@ -68,7 +68,7 @@ def grey(view: View) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("distorted", [False, True])
-def test_looking_down_every_pixel_shows_a_point_of_the_ground(scene: Scene, distorted: bool) -> None:
+def test_every_pixel_of_a_view_straight_down_shows_the_ground(scene: Scene, distorted: bool) -> None:
     view = scene.render(*look((0.3, 0.2, 1.7), 0.4, np.pi / 2, 0.3), demo_camera(320, 240, distorted))
     points, finite = in_world(view)
     assert finite.all()
@@ -101,7 +101,7 @@ def test_the_corner_of_the_house_is_where_the_camera_model_puts_it(scene: Scene,
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (4, 5), (0, 4)])
-def test_what_one_view_sees_the_other_sees_at_the_same_place_depth_and_colour(
+def test_two_views_agree_in_position_depth_and_colour_of_shared_points(
     walk: list[View], first: int, second: int
 ) -> None:
     one, other = walk[first], walk[second]
@@ -130,7 +130,7 @@ def test_what_one_view_sees_the_other_sees_at_the_same_place_depth_and_colour(
     assert np.median(np.abs(difference[same])) < 3.0
 
 
-def test_a_rectified_stereo_pair_differs_by_the_disparity_that_depth_gives(scene: Scene) -> None:
+def test_the_disparity_of_a_rectified_stereo_pair_follows_from_the_depth(scene: Scene) -> None:
     camera, baseline = demo_camera(320, 240, distorted=False), 0.12
     left_pose = camera_path(1)[0]
     left, right = (scene.render(*pose, camera) for pose in (left_pose, stereo_right(left_pose, baseline)))
@@ -163,7 +163,7 @@ def test_a_lens_that_folds_the_image_over_itself_is_refused(scene: Scene) -> Non
 # pictures
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_stones(scene: Scene) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_image(scene: Scene) -> None:
     camera, pose = demo_camera(160, 120), camera_path(1)[0]
     first = scene.render(*pose, camera, noise=2.0, noise_seed=7)
     again = Scene(seed=0).render(*pose, camera, noise=2.0, noise_seed=7)
@@ -179,7 +179,7 @@ def test_a_scene_that_another_process_built_gives_the_same_bytes(scene: Scene) -
     assert np.array_equal(received.image, scene.render(*pose, camera).image)
 
 
-def test_film_gives_the_views_of_the_poses_in_order_each_with_noise_of_its_own(scene: Scene) -> None:
+def test_film_renders_the_poses_in_order_with_different_noise_in_each_view(scene: Scene) -> None:
     camera, poses = demo_camera(160, 120), camera_path(5)
     film = list(scene.film(poses, camera, noise=3.0, noise_seed=11))
     assert len(film) == 5
@@ -190,7 +190,7 @@ def test_film_gives_the_views_of_the_poses_in_order_each_with_noise_of_its_own(s
     assert not np.array_equal(still[0].image, still[1].image)
 
 
-def test_noise_has_the_strength_asked_for(scene: Scene) -> None:
+def test_noise_has_the_requested_strength(scene: Scene) -> None:
     camera, pose = demo_camera(320, 240), camera_path(1)[0]
     clean, noisy = scene.render(*pose, camera), scene.render(*pose, camera, noise=4.0)
     unclipped = (clean.image > 20) & (clean.image < 235)
@@ -244,7 +244,7 @@ def test_walking_moves_a_step_in_all_directions_and_turns_a_little() -> None:
     assert towards[:, 2].min() < -0.7 and towards[:, 2].max() > 0.7  # backwards and forwards
 
 
-def test_a_camera_that_only_rotates_or_stands_still_does_so() -> None:
+def test_rotating_and_standing_paths_have_no_translation() -> None:
     path = camera_path([("walk", 3), ("rotate", 26), ("still", 4), ("walk", 2)])
     assert len(path) == 35
     motions = [relative_motion(one, other) for one, other in itertools.pairwise(path)]

@@ -60,7 +60,7 @@ def test_matched_keypoints_are_refined(picture: NDArray[np.uint8]) -> None:
     assert (links.sigmas > 0).all() and links.sigmas.max() < 0.1
 
 
-def test_a_pair_of_images_errs_by_what_finding_the_patch_in_both_errs(picture: NDArray[np.uint8]) -> None:
+def test_pair_sigmas_combine_the_errors_in_both_images(picture: NDArray[np.uint8]) -> None:
     points, tracks = grid(), Tracks(100, 0)
     first, second, third = view(picture, 0, points), view(picture, 3), view(picture, 6)
     new = tracks.follow(first, second, *NO_MATCHES)
@@ -72,7 +72,7 @@ def test_a_pair_of_images_errs_by_what_finding_the_patch_in_both_errs(picture: N
     assert np.isclose(old.pair_sigmas, both, rtol=1e-3).mean() > 0.9
 
 
-def test_points_without_a_match_are_carried_and_go_on_from_where_they_were(picture: NDArray[np.uint8]) -> None:
+def test_points_without_a_match_are_tracked_from_their_last_position(picture: NDArray[np.uint8]) -> None:
     points, tracks = grid(), Tracks(100, 0)
     before = tracks.follow(first := view(picture, 0, points), second := view(picture, 3), *NO_MATCHES)
     assert len(before.points) == len(points) and (before.indices[:, 1] == NOT_DETECTED).all()
@@ -85,7 +85,7 @@ def test_points_without_a_match_are_carried_and_go_on_from_where_they_were(pictu
     assert np.array_equal(after.track_ids, before.track_ids[kept])
 
 
-def test_there_are_no_more_tracks_than_the_limit_from_the_frame_on_when_it_is_lowered(
+def test_a_lowered_limit_of_tracks_applies_from_the_next_frame(
     picture: NDArray[np.uint8],
 ) -> None:
     tracks, views = Tracks(100, 0), [view(picture, 3 * number, grid() - (3 * number, 0)) for number in range(3)]
@@ -97,7 +97,7 @@ def test_there_are_no_more_tracks_than_the_limit_from_the_frame_on_when_it_is_lo
     assert np.isin(after.track_ids, before.track_ids).all()  # instead of new ones
 
 
-def test_a_track_that_no_longer_looks_alike_ends(picture: NDArray[np.uint8], texture: Texture) -> None:
+def test_a_track_ends_if_its_surroundings_no_longer_look_the_same(picture: NDArray[np.uint8], texture: Texture) -> None:
     points, found, right = grid(), 0, 0
     for seed in range(11, 21):
         image = view(picture, 0).normalized.copy()
@@ -169,7 +169,7 @@ def test_a_track_that_contradicts_the_motion_is_found_again_in_a_later_image(pic
     assert set(tracks.follow(start, start, *NO_MATCHES).track_ids) == set(first.track_ids)
 
 
-def test_a_track_is_found_again_by_what_it_looked_like_last(picture: NDArray[np.uint8]) -> None:
+def test_a_track_is_found_again_by_its_latest_descriptor(picture: NDArray[np.uint8]) -> None:
     points, tracks, start = grid(), Tracks(100, 100), view(picture, 0, grid())
     black = View(np.full((SIZE, SIZE), 128, np.uint8), points[:0], np.zeros((0, 128)), 1.0)
     later = replace(start, descriptors=start.descriptors[::-1])
@@ -193,7 +193,7 @@ def test_tracks_that_are_found_again_do_not_exceed_the_limit(picture: NDArray[np
     assert len(tracks.follow(both, both, *NO_MATCHES).points) == 30
 
 
-def test_what_tracks_looked_like_is_forgotten_with_them(picture: NDArray[np.uint8]) -> None:
+def test_the_memory_of_ended_tracks_is_freed(picture: NDArray[np.uint8]) -> None:
     points, tracks, start = grid(), Tracks(100, 20), view(picture, 0, grid())
     half = np.arange(len(points)) % 2 > 0
     taken = []
@@ -208,7 +208,7 @@ def test_what_tracks_looked_like_is_forgotten_with_them(picture: NDArray[np.uint
 
 
 @pytest.mark.parametrize("alike", [0.9, 0.2])
-def test_keypoints_stand_in_for_tracks_only_where_the_images_differ_too_much_for_patches(
+def test_unrefined_keypoints_are_used_only_if_most_of_the_image_has_changed(
     picture: NDArray[np.uint8], texture: Texture, alike: float
 ) -> None:
     points = grid()
@@ -227,7 +227,7 @@ def test_keypoints_stand_in_for_tracks_only_where_the_images_differ_too_much_for
 
 
 @pytest.mark.parametrize("across", [False, True])
-def test_the_number_of_tracks_is_bounded_and_new_ones_begin_where_there_are_none(
+def test_the_number_of_tracks_is_limited_and_new_ones_start_in_empty_areas(
     picture: NDArray[np.uint8], across: bool
 ) -> None:
     points, tracks = grid(10), Tracks(40, 0)
@@ -243,7 +243,7 @@ def test_the_number_of_tracks_is_bounded_and_new_ones_begin_where_there_are_none
     assert (links.points[new][:, 0 if across else 1] > 70).all()
 
 
-def test_in_a_scene_that_slowly_changes_tracks_go_on_by_the_frame_before(
+def test_tracks_survive_a_slow_change_of_the_scene_with_patches_of_the_previous_frame(
     picture: NDArray[np.uint8], texture: Texture
 ) -> None:
     points, tracks, other = grid(), Tracks(100, 0), texture(SIZE + 100, SIZE + 100, 11)
@@ -276,7 +276,9 @@ def test_the_same_images_give_the_same_tracks(picture: NDArray[np.uint8]) -> Non
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_a_camera_that_only_turns_knows_where_lost_tracks_are(picture: NDArray[np.uint8], calibrated: bool) -> None:
+def test_a_calibrated_camera_without_translation_finds_lost_tracks_without_keypoints(
+    picture: NDArray[np.uint8], calibrated: bool
+) -> None:
     # In this case all depths are equal, and none differs from infinity.
     tracks, start = Tracks(200, 200), view(picture, 0, np.random.default_rng(0).permutation(grid(10))[:60])
     lower, camera = start.keypoints[:, 1] >= 60, CAMERA if calibrated else None
@@ -304,7 +306,9 @@ def test_left_and_right_are_refined(picture: NDArray[np.uint8]) -> None:
     assert np.linalg.norm(refined - points + (5, 0), axis=1).max() < 0.05 and sigmas.max() < 0.1
 
 
-def test_keypoints_that_are_not_refined_both_err(picture: NDArray[np.uint8], texture: Texture) -> None:
+def test_the_sigma_of_an_unrefined_stereo_match_combines_both_keypoint_errors(
+    picture: NDArray[np.uint8], texture: Texture
+) -> None:
     points, other = grid(), normalize_contrast(texture(SIZE, SIZE, 11))
     right = View(other, points, np.eye(len(points), 128, dtype=np.float32), 2.0)
     _, sigmas = refine_pair(view(picture, 0, points), right, points, points)
@@ -407,7 +411,7 @@ def walk_with_patch(
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_a_track_that_no_standing_point_explains_ends(
+def test_a_track_that_no_static_point_explains_ends(
     picture: NDArray[np.uint8], texture: Texture, calibrated: bool
 ) -> None:
     cameras = (CAMERA, CAMERA) if calibrated else (None, None)
@@ -421,7 +425,7 @@ def test_a_track_that_no_standing_point_explains_ends(
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_a_track_that_its_neighbours_lead_astray_is_found_by_its_depth(
+def test_a_track_with_misleading_neighbours_is_found_by_its_depth(
     picture: NDArray[np.uint8], texture: Texture, calibrated: bool
 ) -> None:
     cameras = (CAMERA, CAMERA) if calibrated else (None, None)
@@ -432,7 +436,7 @@ def test_a_track_that_its_neighbours_lead_astray_is_found_by_its_depth(
     assert found[2].refined[right].all() and (found[2].sigmas[right] < 0.2).all()
 
 
-def test_where_a_lost_track_is_found_none_stays_that_contradicts_the_motion(picture: NDArray[np.uint8]) -> None:
+def test_a_recovered_track_replaces_a_contradicted_track_at_the_same_place(picture: NDArray[np.uint8]) -> None:
     scene, (there, elsewhere) = picture.copy(), np.float32([[75, 75], [115, 95]])  # two places that look alike
     for x, y in np.int64([there, elsewhere]):
         scene[y + 40 : y + 61, x + 40 : x + 61] = picture[:21, :21]
@@ -454,9 +458,7 @@ def test_where_a_lost_track_is_found_none_stays_that_contradicts_the_motion(pict
     assert pose.inliers is not None and pose.inliers[here].all()
 
 
-def test_what_agrees_with_a_translation_that_is_not_believed_goes_on(
-    picture: NDArray[np.uint8], texture: Texture
-) -> None:
+def test_tracks_that_agree_with_a_rejected_translation_continue(picture: NDArray[np.uint8], texture: Texture) -> None:
     """The pose says that the camera stands. Of four points that move in front of it, two agree with a translation."""
     piece = np.float32([[115, 75], [125, 85], [115, 85], [125, 75]])
     beside = grid()[(grid()[:, 0] < 80) | (grid()[:, 1] < 50) | (grid()[:, 1] > 110)]

@@ -23,7 +23,7 @@ CAMERA = Camera(320, 240, np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0,
 STEP = np.array([0.4, 0.0, 0.3])  # metres
 
 
-def seen(depth: np.ndarray, position: np.ndarray) -> View:
+def view_from(depth: np.ndarray, position: np.ndarray) -> View:
     image = np.zeros((CAMERA.height, CAMERA.width, 3), np.uint8)
     return View(image, depth.astype(np.float32), np.eye(3), position, CAMERA)
 
@@ -33,38 +33,38 @@ def rays() -> np.ndarray:
     return np.dstack([(x - 159.5) / 300, (y - 119.5) / 300, np.ones_like(x)])
 
 
-def anywhere(count: int = 50) -> np.ndarray:
+def random_points(count: int = 50) -> np.ndarray:
     return np.random.default_rng(0).uniform((60, 20), (260, 220), (count, 2))
 
 
-def exact(points: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def positions_after_step(points: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Return the positions of points (N, 2) at depths (N,) after STEP."""
     world = np.c_[(points - (159.5, 119.5)) / 300, np.ones(len(points))] * depth[:, None] - STEP
     return np.asarray(world[:, :2] / world[:, 2:] * 300 + (159.5, 119.5))
 
 
-def test_a_point_of_a_slanted_plane_has_one_true_place() -> None:
+def test_a_point_of_a_slanted_plane_has_one_true_position() -> None:
     normal = np.array([0.05, 0.3, 0.2])  # 1 / depth = normal . ray: a floor whose lower part is near
-    view, after = (seen(1 / (rays() @ normal), position) for position in (np.zeros(3), STEP))
-    points = anywhere()
+    view, after = (view_from(1 / (rays() @ normal), position) for position in (np.zeros(3), STEP))
+    points = random_points()
     own = 1 / (np.c_[(points - (159.5, 119.5)) / 300, np.ones(len(points))] @ normal)
     places, _ = project(points, view, after, CAMERA)
-    assert np.abs(places - exact(points, own)).max() < 1e-3
-    beside = exact(points, own) + (0.03, -0.04)
+    assert np.abs(places - positions_after_step(points, own)).max() < 1e-3
+    beside = positions_after_step(points, own) + (0.03, -0.04)
     np.testing.assert_allclose(np.linalg.norm(offsets(beside, places), axis=1), 0.05, atol=1e-3)
 
 
-def test_beside_an_edge_of_the_depth_a_point_may_lie_on_either_surface() -> None:
+def test_a_point_beside_a_depth_edge_may_lie_on_either_surface() -> None:
     depth = np.where(rays()[..., 0] < 0, 2.0, 5.0)
     points = np.array([[158.5, 100.0], [160.5, 60.0]])  # one pixel to either side
-    places, _ = project(points, seen(depth, np.zeros(3)), seen(depth, STEP), CAMERA)
+    places, _ = project(points, view_from(depth, np.zeros(3)), view_from(depth, STEP), CAMERA)
     for surface in (2.0, 5.0):
-        true = exact(points, np.full(2, surface))
+        true = positions_after_step(points, np.full(2, surface))
         assert np.abs(offsets(true, places)).max() < 1e-3
-    assert np.abs(offsets(exact(points, np.full(2, 3.0)), places)).max() > 1
+    assert np.abs(offsets(positions_after_step(points, np.full(2, 3.0)), places)).max() > 1
 
 
-def test_of_tracks_those_are_counted_that_are_keypoints_of_the_frame_before(
+def test_only_tracks_that_are_keypoints_of_the_previous_frame_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bag = tmp_path / "walk"

@@ -60,7 +60,7 @@ def sampled(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return nn.functional.grid_sample(image, (points / limits * 2 - 1)[:, None], align_corners=True)[:, 0, 0]
 
 
-def named(template: str, count: int, validation: bool = False) -> list[str]:
+def image_names(template: str, count: int, validation: bool = False) -> list[str]:
     """Return names of images for training, or for validation."""
     names = (template.format(i) for i in itertools.count())
     return list(itertools.islice((n for n in names if (zlib.crc32(n.encode()) % 20 == 0) == validation), count))
@@ -71,7 +71,9 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 21 photographs, and of a wall with a board in front of it, seen by three cameras."""
     path = tmp_path_factory.mktemp("shards")
     pictures = [shards.encode_grey(texture(240, 320, i)) for i in range(21)]
-    shards.write_photos(path / "photos_0.npz", pictures, named("photo_{}", 20) + named("photo_{}", 1, validation=True))
+    shards.write_photos(
+        path / "photos_0.npz", pictures, image_names("photo_{}", 20) + image_names("photo_{}", 1, validation=True)
+    )
     matrix = np.array([[200.0, 0, 159.5], [0, 200, 119.5], [0, 0, 1]])
     cameras, encoded = [], []
     for shift in (0.0, 0.3, 0.6):
@@ -80,7 +82,7 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cameras.append(pose)
         encoded.append(shards.encode_view(*room(texture, matrix, shift)))
     pairs, overlaps = [(0, 1), (1, 2), (0, 2)], [(0.8, 0.8)] * 3
-    for number, (place,) in enumerate((named("hall_{}", 1), named("hall_{}", 1, validation=True))):
+    for number, (place,) in enumerate((image_names("hall_{}", 1), image_names("hall_{}", 1, validation=True))):
         shards.write_rooms(
             path / f"rooms_{number}.npz",
             encoded,
@@ -118,7 +120,7 @@ def room(texture: Texture, matrix: np.ndarray, shift: float) -> tuple[np.ndarray
 # --- views ---
 
 
-def test_a_point_of_a_photograph_lies_where_the_other_view_shows_it(folder: Path) -> None:
+def test_positions_of_photograph_points_in_the_other_view_are_correct(folder: Path) -> None:
     photos = views.load(folder, CPU)[0][0]
     pairs = photos.pairs(draw(), 4, SIZE)
     points = grid().expand(4, -1, -1)
@@ -140,7 +142,7 @@ def test_views_are_the_same_for_the_same_random_numbers(folder: Path) -> None:
         assert not torch.equal(first, other)
 
 
-def test_places_in_a_room_follow_depth_and_know_what_is_hidden(folder: Path) -> None:
+def test_positions_in_a_room_follow_the_depth_and_hidden_points_are_marked(folder: Path) -> None:
     rooms = views.load(folder, CPU)[0][1]
     assert isinstance(rooms, views.RoomViews)
     same = torch.eye(3)[None]
@@ -163,7 +165,7 @@ def test_places_in_a_room_follow_depth_and_know_what_is_hidden(folder: Path) -> 
     assert geometry.places(edge, 0)[1].item() == UNKNOWN
 
 
-def test_two_views_of_a_room_show_the_same_surface_at_each_others_places(folder: Path) -> None:
+def test_two_views_of_a_room_show_the_same_surface_at_corresponding_positions(folder: Path) -> None:
     rooms = views.load(folder, CPU)[0][1]
     pairs = rooms.pairs(draw(3), 6, SIZE)
     points = grid().expand(6, -1, -1)
@@ -182,7 +184,7 @@ def test_two_views_of_a_room_show_the_same_surface_at_each_others_places(folder:
     assert agreement(0.0) > agreement(2.0) + 0.02
 
 
-def test_places_are_as_true_along_the_border_as_elsewhere() -> None:
+def test_positions_are_exact_along_the_border_of_the_depth_map() -> None:
     x, y = torch.meshgrid(torch.arange(160.0) * 2, torch.arange(120.0) * 2, indexing="xy")
     matrix, same, moved = torch.tensor([[[200.0, 0, 159.5], [0, 200, 119.5], [0, 0, 1]]]), torch.eye(3)[None], 0.5
     poses = torch.eye(4).repeat(2, 1, 1, 1)
@@ -200,7 +202,7 @@ def test_places_are_as_true_along_the_border_as_elsewhere() -> None:
     assert (wall.places(points, 0)[0] - expected).abs().max() < 0.01
 
 
-def test_one_photograph_and_one_place_of_a_room_in_twenty_are_only_watched_whatever_else_there_is(
+def test_one_in_twenty_photographs_and_places_of_rooms_is_always_kept_for_validation(
     folder: Path, texture: Texture, tmp_path: Path
 ) -> None:
     trained, validation = views.load(folder, CPU)
@@ -210,18 +212,18 @@ def test_one_photograph_and_one_place_of_a_room_in_twenty_are_only_watched_whate
     chosen = views.are_for_validation(names)
     assert 60 < chosen.sum() < 140
     assert views.are_for_validation(["one_more", *names])[1:].tolist() == chosen.tolist()
-    few = named("photo_{}", 3)
+    few = image_names("photo_{}", 3)
     assert views.are_for_validation(few).sum() == 1  # there is always a validation image
 
 
-def test_a_shard_without_a_view_of_a_room_is_as_none(folder: Path, tmp_path: Path) -> None:
+def test_a_shard_without_room_views_is_ignored(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "photos_0.npz").symlink_to(folder / "photos_0.npz")
     nothing = np.zeros(0)
     shards.write_rooms(tmp_path / "rooms_0.npz", [], nothing, nothing, nothing, [], nothing, [], nothing, nothing)
     assert [len(sources) for sources in views.load(tmp_path, CPU)] == [1, 1]
 
 
-def test_degrading_changes_images_as_strongly_as_told_and_always_alike(texture: Texture) -> None:
+def test_degradation_follows_its_strength_and_is_reproducible(texture: Texture) -> None:
     image = torch.from_numpy(texture(120, 160, 1))[None, None].float().expand(12, -1, -1, -1) / 255
 
     def change(strength: float, seed: int = 0) -> torch.Tensor:
@@ -236,7 +238,7 @@ def test_degrading_changes_images_as_strongly_as_told_and_always_alike(texture: 
     assert torch.allclose(degraded * 255, (degraded * 255).round(), atol=1e-3)
 
 
-def test_degrading_moves_nothing_anywhere_in_an_image() -> None:
+def test_degradation_does_not_move_image_content() -> None:
     width, height = SIZE
     x, y = grid()[0].T.view(2, 1, 1, height, width)  # its own coordinates, to show where content moves
     places = torch.cat([x, y])
@@ -257,7 +259,7 @@ def peaks(points: torch.Tensor) -> torch.Tensor:
     return (0.6 * (-distance / (2 * 0.7**2)).exp()).amax(dim=2).view(-1, 120, 160)
 
 
-def test_the_points_are_where_both_views_agree_to_a_fraction_of_a_pixel() -> None:
+def test_label_points_are_where_both_views_agree_with_subpixel_precision() -> None:
     shift = torch.eye(3)[None].clone()
     shift[0, 0, 2], shift[0, 1, 2] = 7.3, -4.6
     geometry = views.Planar((shift, torch.linalg.inv(shift)), SIZE)
@@ -274,7 +276,7 @@ def test_the_points_are_where_both_views_agree_to_a_fraction_of_a_pixel() -> Non
     assert 0.7 < labels.covered[0].float().mean() < 1
 
 
-def test_the_detectors_loss_is_least_where_its_scores_are_the_labels() -> None:
+def test_the_detector_loss_is_smallest_if_the_scores_equal_the_labels() -> None:
     points = torch.tensor([[[20.25, 33.5], [101.0, 70.0]]])
     valid, covered = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 15, 20, dtype=torch.bool)
     target = torch.zeros(1, 65, 15, 20)
@@ -293,7 +295,7 @@ def test_the_detectors_loss_is_least_where_its_scores_are_the_labels() -> None:
     assert float(superpoint_loss.detector_loss(target, points, valid, without)) == 0
 
 
-def test_the_reprojections_loss_is_the_distance_and_pulls_points_together() -> None:
+def test_the_reprojection_loss_is_the_distance_and_its_gradient_pulls_points_together() -> None:
     geometry = views.Planar((torch.eye(3)[None], torch.eye(3)[None]), SIZE)
     first = torch.tensor([[[50.0, 50.0], [100.0, 80.0]]], requires_grad=True)
     second = torch.tensor([[[50.6, 50.8], [100.0, 81.0], [20.0, 20.0]]])
@@ -304,7 +306,7 @@ def test_the_reprojections_loss_is_the_distance_and_pulls_points_together() -> N
     assert (first.grad[0, 0] < 0).all()  # the descent direction is right and down, towards the partner
 
 
-def test_own_points_are_read_out_to_a_fraction_of_a_pixel() -> None:
+def test_own_points_have_subpixel_precision() -> None:
     true = torch.tensor([[[40.3, 50.6], [90.45, 60.2]]])
     found = superpoint_loss.own_points(peaks(true), 2)
     assert torch.cdist(found, true).amin(dim=1).max() < 0.1
@@ -313,7 +315,7 @@ def test_own_points_are_read_out_to_a_fraction_of_a_pixel() -> None:
 # --- LightGlue ---
 
 
-def test_true_partners_are_mutual_and_near_and_what_is_unknown_or_beside_one_is_neither_match_nor_alone() -> None:
+def test_true_matches_are_mutual_and_close_and_doubtful_points_are_neither_matched_nor_unmatched() -> None:
     geometry = views.Planar((torch.eye(3)[None], torch.eye(3)[None]), SIZE)
     first = torch.tensor([[[10.0, 10.0], [12.0, 10.0], [50.0, 50.0], [90.0, 90.0], [100.0, 20.0]]])
     second = torch.tensor([[[10.5, 10.0], [50.0, 52.4], [90.0, 92.7], [140.0, 100.0], [141.0, 20.0]]])
@@ -351,7 +353,7 @@ def test_the_loss_is_smaller_for_the_true_assignment_and_reaches_every_layer(ran
     assert all(p.grad is not None for p in model.token_confidence.parameters())
 
 
-def test_points_whose_true_match_is_out_of_a_networks_reach_are_alone(randomise_lightglue: Any) -> None:
+def test_points_whose_true_match_the_network_rates_too_low_count_as_unmatched(randomise_lightglue: Any) -> None:
     model = LightGlue(input_dim=64, descriptor_dim=64, num_hidden_layers=3)
     randomise_lightglue(model, 0)
     batch = matching_batch(model, torch.arange(20).expand(2, -1).roll(1, dims=1).clone())
@@ -400,7 +402,7 @@ def steps(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.usefixtures("small")
-def test_trainings_that_were_stopped_go_on_as_if_they_had_not_been(folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_training_has_the_same_losses_as_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
     for kind, options in (("points", []), ("matching", ["--batches", "2", "--heads", "2"])):
         whole = steps(run(folder, tmp_path / "whole", kind, "--steps", "5", *options))
         run(folder, tmp_path / "parts", kind, "--steps", "5", "--stop-after", "2", *options)
@@ -414,7 +416,7 @@ def settings() -> loop.Settings:
     return loop.Settings(CPU, 2, SIZE, 0, None)
 
 
-def test_batches_that_are_kept_are_made_once_and_are_the_same_in_every_run() -> None:
+def test_kept_batches_are_made_once_and_are_the_same_in_every_run() -> None:
     made: list[int] = []
 
     def make(number: int) -> int:
@@ -427,13 +429,13 @@ def test_batches_that_are_kept_are_made_once_and_are_the_same_in_every_run() -> 
     assert [second.of(step) for step in range(7, 13)] == used[6:]
 
 
-def test_batches_of_which_none_is_kept_are_made_anew() -> None:
+def test_every_step_gets_a_new_batch_if_none_is_kept() -> None:
     batches = loop.Batches(lambda number: [number], 0, settings())
     assert [batches.of(step) for step in range(1, 7)] == [[1], [2], [3], [4], [5], [6]]
     assert set(batches.futures) <= {7, 8}
 
 
-def test_a_batch_that_cannot_be_made_ends_the_training_that_asks_for_it() -> None:
+def test_an_error_while_making_a_batch_is_raised_by_the_step_that_needs_it() -> None:
     def make(number: int) -> int:
         raise ValueError("no such view")
 
@@ -441,7 +443,7 @@ def test_a_batch_that_cannot_be_made_ends_the_training_that_asks_for_it() -> Non
         loop.Batches(make, 0, settings()).of(1)
 
 
-def test_a_batch_that_could_not_be_made_once_is_tried_again() -> None:
+def test_a_batch_that_failed_once_is_made_again() -> None:
     failures = iter([MemoryError("no room")])
 
     def make(number: int) -> int:
@@ -455,7 +457,7 @@ def test_a_batch_that_could_not_be_made_once_is_tried_again() -> None:
     assert batches.of(2) == 0
 
 
-def test_a_training_leaves_small_numbers_as_it_found_them() -> None:
+def test_subnormal_numbers_are_zero_only_within_the_context() -> None:
     smallest = torch.tensor(1e-40)
     with loop.subnormals_are_zeros():
         assert smallest * 1 == 0
@@ -470,8 +472,10 @@ class Scale(nn.Linear):
         self.config = {"size": size}
 
 
-def learnt(out: Path, names: list[str], size: int, steps: int, hurdle: Callable[[int], float] = lambda step: 1) -> None:
-    """Train such networks, or resume a training. Each step's loss is multiplied by ``hurdle(step)``."""
+def train_scales(
+    out: Path, names: list[str], size: int, steps: int, factor: Callable[[int], float] = lambda step: 1
+) -> None:
+    """Train ``Scale`` networks, or resume a training. Each step's loss is multiplied by ``factor(step)``."""
     students = [loop.Student(name, Scale(size), 1e-2) for name in names]
     words = ["--shards", "none", "--out", str(out), "--steps", str(steps), "--device", "cpu"]
     parser = argparse.ArgumentParser()
@@ -481,65 +485,65 @@ def learnt(out: Path, names: list[str], size: int, steps: int, hurdle: Callable[
 
     def learn(step: int, progress: float) -> dict[str, float]:
         for student in students:
-            student.step(hurdle(step) * student.model(torch.ones(1, size)).square().sum(), 1.0, step)
+            student.step(factor(step) * student.model(torch.ones(1, size)).square().sum(), 1.0, step)
         return {}
 
     loop.run(arguments, settings(), students, learn, dict)
 
 
-def test_a_training_goes_on_with_the_networks_that_it_has_and_loses_none(tmp_path: Path) -> None:
-    learnt(tmp_path, ["full", "fast"], 2, 1)
+def test_a_training_resumes_only_with_the_same_networks(tmp_path: Path) -> None:
+    train_scales(tmp_path, ["full", "fast"], 2, 1)
     before = (tmp_path / "points.pt").read_bytes()
     for names in (["full"], ["full", "fast", "third"]):
         with pytest.raises(ValueError, match=r"points\.pt holds fast, full: continue with exactly these networks"):
-            learnt(tmp_path, names, 2, 2)
+            train_scales(tmp_path, names, 2, 2)
     assert (tmp_path / "points.pt").read_bytes() == before
-    learnt(tmp_path, ["full", "fast"], 2, 2)
+    train_scales(tmp_path, ["full", "fast"], 2, 2)
     assert torch.load(tmp_path / "points.pt", weights_only=True)["step"] == 2
 
 
-def test_where_memory_is_too_small_for_one_pair_a_training_ends_and_can_go_on(tmp_path: Path) -> None:
+def test_a_training_without_memory_for_one_pair_ends_and_can_be_resumed(tmp_path: Path) -> None:
     def short_of_memory(step: int) -> float:
         if step > 3:
             raise torch.OutOfMemoryError("too large")
         return 1
 
     with pytest.raises(torch.OutOfMemoryError, match="too large"):
-        learnt(tmp_path, ["full"], 2, 9, short_of_memory)
+        train_scales(tmp_path, ["full"], 2, 9, short_of_memory)
     assert not list(tmp_path.glob("*.weights.pt"))
     # A batch of two pairs did not fit, and then a single pair did not fit at the next step, which has to be repeated.
     assert torch.load(tmp_path / "points.pt", weights_only=True)["step"] == 4
-    learnt(tmp_path, ["full"], 2, 9)
+    train_scales(tmp_path, ["full"], 2, 9)
     assert (tmp_path / "points.weights.pt").exists()
 
 
-def test_losses_that_are_never_finite_end_a_training_without_weights(
+def test_losses_that_stay_non_finite_end_a_training_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(FloatingPointError, match="the loss of full was not finite in any of 3 steps"):
-        learnt(tmp_path / "short", ["full"], 2, 3, lambda step: np.nan)
+        train_scales(tmp_path / "short", ["full"], 2, 3, lambda step: np.nan)
     monkeypatch.setattr(loop, "PATIENCE", 4)
     with pytest.raises(FloatingPointError, match="the loss of full was not finite in 4 steps in a row"):
-        learnt(tmp_path / "late", ["full"], 2, 100, lambda step: np.inf if step > 5 else 1)
+        train_scales(tmp_path / "late", ["full"], 2, 100, lambda step: np.inf if step > 5 else 1)
     assert not list(tmp_path.glob("*/*.weights.pt"))
-    learnt(tmp_path / "now and then", ["full"], 2, 12, lambda step: np.inf if step % 4 else 1)
+    train_scales(tmp_path / "now and then", ["full"], 2, 12, lambda step: np.inf if step % 4 else 1)
     assert (tmp_path / "now and then" / "points.weights.pt").exists()
-    learnt(tmp_path / "resumed", ["full"], 2, 3)
-    learnt(tmp_path / "resumed", ["full"], 2, 4, lambda step: np.nan)
+    train_scales(tmp_path / "resumed", ["full"], 2, 3)
+    train_scales(tmp_path / "resumed", ["full"], 2, 4, lambda step: np.nan)
     assert torch.load(tmp_path / "resumed" / "points.pt", weights_only=True)["step"] == 4
 
 
-def test_parts_are_those_of_the_weights_that_lie_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_a_weights_file_always_join_to_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "PART", 1000)
     for size in (30, 2):
-        learnt(tmp_path, ["full"], size, 1)
+        train_scales(tmp_path, ["full"], size, 1)
         (tmp_path / "points.pt").unlink()
     parts = sorted(tmp_path.glob("points.weights.pt.*"), key=lambda part: int(part.suffix[1:]))
     assert b"".join(part.read_bytes() for part in parts) == (tmp_path / "points.weights.pt").read_bytes()
 
 
 @pytest.mark.usefixtures("small")
-def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder: Path, tmp_path: Path) -> None:
+def test_a_training_lowers_its_losses_and_its_weights_can_be_loaded(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     points = steps(run(folder, out, "points", "--steps", "24"))
     for name in ("full", "fast"):
@@ -560,7 +564,7 @@ def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_rate_that_is_given_is_that_of_the_training(folder: Path, tmp_path: Path) -> None:
+def test_a_training_uses_the_given_learning_rate(folder: Path, tmp_path: Path) -> None:
     points = [
         steps(run(folder, tmp_path / rate, "points", "--steps", "3", "--rate", rate)) for rate in ("1e-9", "5e-3")
     ]
@@ -581,7 +585,7 @@ def points_file(folder: Path, **other: dict[str, Any]) -> Path:
 
 
 @pytest.mark.usefixtures("small")
-def test_of_a_teacher_for_points_the_detector_alone_counts(folder: Path, tmp_path: Path) -> None:
+def test_only_the_detector_of_a_teacher_for_points_has_an_effect(folder: Path, tmp_path: Path) -> None:
     def losses(name: str, **other: dict[str, Any]) -> dict[int, dict[str, float]]:
         (tmp_path / name).mkdir()
         teacher = str(points_file(tmp_path / name, **other))
@@ -593,18 +597,18 @@ def test_of_a_teacher_for_points_the_detector_alone_counts(folder: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("small")
-def test_weights_of_another_architecture_are_not_taken_for_a_small_pair_to_begin_with(
+def test_distillation_refuses_start_weights_of_another_architecture(
     folder: Path, teacher: Path, tmp_path: Path
 ) -> None:
     start = str(points_file(tmp_path, fast={"decoder_hidden_size": 32}))
     with pytest.raises(ValueError, match="has another architecture than the fast network"):
-        distilled(folder, teacher, tmp_path / "run", "points", "--steps", "1", "--start", start)
+        run_distillation(folder, teacher, tmp_path / "run", "points", "--steps", "1", "--start", start)
     with pytest.raises(KeyError, match="holds full, fast, but no network called slow"):
         export.read_trained(SuperPoint, Path(start), "slow")
 
 
 @pytest.mark.usefixtures("small")
-def test_a_network_that_begins_with_random_weights_says_so(
+def test_a_network_that_starts_from_random_weights_is_reported(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = points_file(tmp_path, fast={"descriptor_decoder_dim": 64})
@@ -616,7 +620,7 @@ def test_a_network_that_begins_with_random_weights_says_so(
 @pytest.mark.parametrize(
     ("stage", "more"), [("both", ["--networks", "fast"]), ("distil", ["--batches", "1", "--keypoints", "32"])]
 )
-def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
+def test_gpu_run_sh_trains_both_networks_from_tiny_shards(
     folder: Path, tmp_path: Path, stage: str, more: list[str]
 ) -> None:
     options = ["--size", "96", "64", "--batch", "1", "--device", "cpu", "--precision", "float32", *more]
@@ -637,39 +641,39 @@ def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
         assert min(steps(log)) == 1 and (out / f"{kind}.weights.pt").exists()
 
 
-def commands_of_the_script_for_a_gpu(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def gpu_run_commands(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Return the Python calls that the script would make."""
     words = [*GPU_RUN, "--shards", "shards", "--out", "run", *options]
     return subprocess.run(words, cwd=folder, env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True)
 
 
-def test_the_script_for_a_gpu_begins_every_stage_with_what_it_is_told(tmp_path: Path) -> None:
+def test_gpu_run_sh_starts_every_stage_from_the_given_weights(tmp_path: Path) -> None:
     starts = ["--start-points", "a b.weights.pt", "--start-matching", "c.weights.pt"]
     for stage in ("both", "distil"):
-        points, matching = commands_of_the_script_for_a_gpu(tmp_path, "--stage", stage, *starts).stdout.splitlines()
+        points, matching = gpu_run_commands(tmp_path, "--stage", stage, *starts).stdout.splitlines()
         assert "--start a b.weights.pt" in points and "--start c.weights.pt" in matching
-    points, matching = commands_of_the_script_for_a_gpu(tmp_path).stdout.splitlines()
+    points, matching = gpu_run_commands(tmp_path).stdout.splitlines()
     assert "--start superpoint-open" in points and "--start lightglue-superpoint-open" in matching
-    assert "--start" not in commands_of_the_script_for_a_gpu(tmp_path, "--stage", "distil").stdout
+    assert "--start" not in gpu_run_commands(tmp_path, "--stage", "distil").stdout
 
 
-def test_the_script_for_a_gpu_has_the_batches_of_the_recipe_unless_others_are_given(tmp_path: Path) -> None:
+def test_gpu_run_sh_uses_the_batch_sizes_of_the_recipe_unless_others_are_given(tmp_path: Path) -> None:
     for stage, expected in (("both", ["16", "32"]), ("points", ["16"]), ("matching", ["32"]), ("distil", ["4", "32"])):
         for more, batches in (([], expected), (["--", "--batch", "2"], ["2"] * len(expected))):
-            commands = commands_of_the_script_for_a_gpu(tmp_path, "--stage", stage, *more).stdout.splitlines()
+            commands = gpu_run_commands(tmp_path, "--stage", stage, *more).stdout.splitlines()
             assert [line.rpartition("--batch ")[2].split()[0] for line in commands] == batches
 
 
-def test_the_script_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
+def test_gpu_run_sh_refuses_missing_options_and_unknown_stages(tmp_path: Path) -> None:
     done = subprocess.run([*GPU_RUN, "--minutes", "1"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--shards and --out are required" in done.stderr
-    done = commands_of_the_script_for_a_gpu(tmp_path, "--stage", "piont")
+    done = gpu_run_commands(tmp_path, "--stage", "piont")
     assert (done.returncode, done.stdout) == (2, "")
     assert "unknown stage piont" in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_clusters_of_a_room_are_counted_from_the_first_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_of_a_room_are_numbered_from_the_given_first_number(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("drjit", "mitsuba"):  # the renderer is not installed
         monkeypatch.setitem(sys.modules, name, MagicMock())
     render = importlib.import_module("render")
@@ -682,7 +686,7 @@ def test_clusters_of_a_room_are_counted_from_the_first_that_is_asked_for(monkeyp
 # --- shipping ---
 
 
-def test_what_is_exported_is_what_the_package_and_transformers_load(
+def test_exported_networks_give_the_same_matches_in_the_package_and_in_transformers(
     tmp_path: Path, random_folder: SaveFolder, texture: Texture
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -724,7 +728,9 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
     assert {tuple(pair) for pair in pairs.round().int().tolist()} == expected
 
 
-def test_what_does_not_belong_together_is_not_exported(tmp_path: Path, small_superpoint: dict[str, Any]) -> None:
+def test_networks_with_different_descriptor_sizes_are_not_exported(
+    tmp_path: Path, small_superpoint: dict[str, Any]
+) -> None:
     with pytest.raises(ValueError, match="descriptors have size 64, but the LightGlue takes size 128"):
         export.export(SuperPoint(**small_superpoint), LightGlue(input_dim=128), tmp_path)
 
@@ -742,7 +748,7 @@ def teacher(small: None, tmp_path: Path, randomise_superpoint: Any, randomise_li
     return tmp_path / "teacher"
 
 
-def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) -> dict[int, dict[str, float]]:
+def run_distillation(folder: Path, teacher: Path, out: Path, kind: str, *options: str) -> dict[int, dict[str, float]]:
     """Distil, and return the losses by step."""
     common = ["--shards", folder, "--out", out, "--teacher", teacher, "--batch", 2, "--size", *SIZE, "--log-every", 1]
     few = ["--batches", 3, "--watch-views", 1, "--keypoints", 128, "--layers", 1, "--device", "cpu"]
@@ -750,7 +756,7 @@ def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) 
     return steps([json.loads(line) for line in (out / f"{kind}.jsonl").read_text().splitlines()])
 
 
-def test_what_is_watched_is_the_same_in_every_run(folder: Path) -> None:
+def test_validation_views_are_the_same_in_every_run(folder: Path) -> None:
     """For any seed and batch size, so that runs can be compared."""
     _, validation = views.load(folder, CPU)
     seen = []
@@ -769,21 +775,21 @@ def test_what_is_watched_is_the_same_in_every_run(folder: Path) -> None:
     assert figures == {"Photos": 5.0, "RoomViews": 1.0}, "each pair counts alike"
 
 
-def test_a_small_pair_learns_from_a_large_one_and_goes_on_where_it_was_stopped(
+def test_distillation_lowers_its_losses_and_resumes_where_it_was_stopped(
     folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distil, "RATES", {"points": 5e-3, "matching": 1e-3})
     whole = tmp_path / "whole"
-    points = distilled(folder, teacher, whole, "points", "--steps", "24")
+    points = run_distillation(folder, teacher, whole, "points", "--steps", "24")
     for part in ("points", "descriptors", "contrast"):
         losses = [figures[part] for figures in points.values()]
         assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.01
-    matching = distilled(folder, teacher, whole, "matching", "--steps", "16")
+    matching = run_distillation(folder, teacher, whole, "matching", "--steps", "16")
     totals = [figures["total"] for figures in matching.values()]
     assert np.mean(totals[-6:]) < np.mean(totals[:6])
     parts = tmp_path / "parts"
-    distilled(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
-    again = distilled(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
+    run_distillation(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
+    again = run_distillation(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
     for step in range(1, 7):
         assert again[step] == pytest.approx(points[step], rel=1e-3, abs=2e-3)
     superpoint = export.read_trained(SuperPoint, whole / "points.weights.pt", "fast")
@@ -792,7 +798,7 @@ def test_a_small_pair_learns_from_a_large_one_and_goes_on_where_it_was_stopped(
     export.export(superpoint, lightglue, whole)
 
 
-def test_a_narrow_matcher_is_trained_on_from_the_weights_of_another_run(
+def test_a_narrow_matcher_continues_from_the_weights_of_another_run(
     folder: Path, teacher: Path, tmp_path: Path, randomise_lightglue: Any
 ) -> None:
     narrow = LightGlue(input_dim=32, descriptor_dim=16, num_attention_heads=2, num_hidden_layers=2)
@@ -802,15 +808,15 @@ def test_a_narrow_matcher_is_trained_on_from_the_weights_of_another_run(
     state = {"config": narrow.config, "tensors": {name: t.half() for name, t in narrow.state_dict().items()}}
     torch.save({"fast": state}, tmp_path / "start.weights.pt")
     run = tmp_path / "run"
-    distilled(folder, teacher, run, "points", "--steps", "1")
-    distilled(folder, teacher, run, "matching", "--steps", "4", "--start", str(tmp_path / "start.weights.pt"))
+    run_distillation(folder, teacher, run, "points", "--steps", "1")
+    run_distillation(folder, teacher, run, "matching", "--steps", "4", "--start", str(tmp_path / "start.weights.pt"))
     trained = export.read_trained(LightGlue, run / "matching.weights.pt", "fast")
     assert trained.config["descriptor_dim"] == 16 and len(trained.transformer_layers) == 2
     moved = [float((t - narrow.state_dict()[name]).abs().max()) for name, t in trained.state_dict().items()]
     assert 0 < max(moved) < 0.2
 
 
-def test_what_is_distilled_is_least_where_the_small_networks_say_what_the_large_ones_say(
+def test_the_distillation_loss_is_smallest_if_the_student_agrees_with_the_teacher(
     small: None, folder: Path, randomise_superpoint: Any, randomise_lightglue: Any
 ) -> None:
     settings = loop.Settings(CPU, 2, SIZE, 0, None)
@@ -833,7 +839,7 @@ def test_what_is_distilled_is_least_where_the_small_networks_say_what_the_large_
     assert right < lightglue_loss.losses(glue, batch)["agreement"]
 
 
-def test_the_first_layers_of_a_matcher_say_what_it_says_after_as_many(randomise_lightglue: Any) -> None:
+def test_the_first_layers_of_a_matcher_give_its_result_after_that_many_layers(randomise_lightglue: Any) -> None:
     glue = LightGlue(input_dim=32, descriptor_dim=32, num_hidden_layers=3)
     randomise_lightglue(glue, 0)
     batch = matching_batch(glue, torch.arange(20).expand(2, -1))

@@ -27,7 +27,7 @@ def convolution(inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.
     ("inputs", "outputs", "batch", "height", "width"),
     [(48, 48, 1, 1, 1), (64, 65, 1, 13, 7), (50, 128, 2, 60, 80), (128, 64, 3, 5, 200), (64, 64, 1, 52, 640)],
 )
-def test_the_transform_gives_what_a_convolution_gives(
+def test_the_transform_gives_the_result_of_a_convolution(
     inputs: int, outputs: int, batch: int, height: int, width: int
 ) -> None:
     plain = convolution(inputs, outputs)
@@ -39,7 +39,7 @@ def test_the_transform_gives_what_a_convolution_gives(
         assert torch.allclose(ours(given), expected, rtol=0, atol=2e-4)  # values of up to 3
 
 
-def test_it_is_not_taken_where_it_would_not_do() -> None:
+def test_only_suitable_convolutions_are_transformed() -> None:
     kept = [
         convolution(47, 64),  # the transforms would cost more than they save
         convolution(64, 64, 1),
@@ -54,7 +54,7 @@ def test_it_is_not_taken_where_it_would_not_do() -> None:
     assert [type(layer) for layer in network] == [nn.Conv2d] * len(kept) + [TransformedConv2d]
 
 
-def test_more_numbers_than_the_transform_has_memory_for_are_convolved_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_too_large_for_the_transform_use_the_plain_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = convolution(48, 48)
     x = torch.randn(1, 48, 20, 20)
     expected = plain(x)
@@ -65,7 +65,7 @@ def test_more_numbers_than_the_transform_has_memory_for_are_convolved_plainly(mo
     assert torch.equal(ours(x), expected)
 
 
-def test_the_tensors_of_a_network_stay_what_they_are() -> None:
+def test_transforming_a_network_does_not_change_its_tensors() -> None:
     network = nn.Sequential(convolution(64, 64), nn.ReLU(), convolution(64, 64, bias=False)).eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     after = transform_convolutions(network).state_dict()
@@ -76,7 +76,7 @@ def test_the_tensors_of_a_network_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("extractor", ["superpoint-open", "superpoint-open-fast"])
-def test_an_image_is_described_as_by_plain_convolutions(
+def test_transformed_convolutions_give_the_same_features_as_plain_ones(
     texture: Any, monkeypatch: pytest.MonkeyPatch, extractor: str
 ) -> None:
     image = texture(131, 163, 3)
@@ -100,7 +100,9 @@ def test_an_image_is_described_as_by_plain_convolutions(
 
 
 @pytest.mark.parametrize("widest", ["AVX2", "AVX512"])
-def test_a_processor_with_wide_units_computes_without_it(monkeypatch: pytest.MonkeyPatch, widest: str) -> None:
+def test_amx_processors_use_the_transform_only_if_pytorch_is_limited_to_avx2(
+    monkeypatch: pytest.MonkeyPatch, widest: str
+) -> None:
     monkeypatch.setattr(compiled, "_library", None)
     monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"avx512_bf16", "amx_bf16"}))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)  # the instruction set for PyTorch

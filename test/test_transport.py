@@ -32,7 +32,7 @@ def plain_sinkhorn(matrix: Any, rows: Any, columns: Any, iterations: int) -> Any
     iterations=st.sampled_from([1, 2, 16, 17, 50, 100]),
 )
 @settings(max_examples=60, deadline=None)
-def test_sinkhorn_scales_as_with_logarithms_in_double(
+def test_sinkhorn_equals_the_log_domain_algorithm_in_float64(
     seed: int, rows: int, columns: int, spread: float, iterations: int
 ) -> None:
     random = np.random.default_rng(seed)
@@ -46,7 +46,9 @@ def test_sinkhorn_scales_as_with_logarithms_in_double(
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_sinkhorn_is_right_whether_it_trusts_products_or_not(monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
+def test_sinkhorn_is_correct_whether_or_not_it_computes_with_products(
+    monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
     # Rows compete for one column, each with e^100 times the weight of the previous one, so this needs iterations.
     matrix = np.stack([np.arange(6) * 100.0, np.zeros(6)], axis=1)
     rows, columns = np.zeros(6), np.log([3.0, 3.0])
@@ -59,7 +61,7 @@ def test_sinkhorn_is_right_whether_it_trusts_products_or_not(monkeypatch: pytest
         assert found.numpy() == pytest.approx(expected, abs=0.01)
 
 
-def test_a_transport_plan_gives_every_point_away_once() -> None:
+def test_a_transport_plan_assigns_every_point_at_most_once() -> None:
     generator = torch.Generator().manual_seed(0)
     similarity = torch.randn(2, 20, 30, generator=generator) * 3
     mask0 = torch.arange(20)[None] < torch.tensor([[20], [12]])
@@ -73,7 +75,7 @@ def test_a_transport_plan_gives_every_point_away_once() -> None:
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 17, 100])
-def test_padding_takes_no_part_in_transport_from_the_first_step_on(iterations: int) -> None:
+def test_padding_has_no_effect_on_transport_after_any_number_of_iterations(iterations: int) -> None:
     generator = torch.Generator().manual_seed(0)
     similarity = torch.randn(1, 20, 30, generator=generator) * 3
     mask0, mask1 = torch.arange(20)[None] < 13, torch.arange(30)[None] < 9

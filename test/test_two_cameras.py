@@ -39,7 +39,7 @@ def namespaces(commands: list[list[str]]) -> list[str]:
     return [word.removeprefix("__ns:=") for word in words if word.startswith("__ns:=")]
 
 
-def test_two_cameras_take_their_image_topic_and_stand_below_a_namespace() -> None:
+def test_two_cameras_use_the_given_image_topic_and_namespace() -> None:
     commands = two_cameras(namespace="robot1", image="color/image_rect")
     assert namespaces(commands) == ["/robot1/front", "/robot1/rear"]
     assert all("image:=color/image_rect" in command for command in commands)
@@ -56,7 +56,7 @@ def test_two_cameras_take_their_image_topic_and_stand_below_a_namespace() -> Non
         ("matcher.launch.py", "second:=back", "no argument second."),
     ],
 )
-def test_each_launch_file_refuses_what_is_no_argument_of_its_own(file: str, word: str, said: str) -> None:
+def test_a_launch_file_refuses_unknown_arguments(file: str, word: str, said: str) -> None:
     status, log = launched(word, file=file)
     assert status == 1 and f"{file} has {said}" in log and "process started" not in log
 

@@ -49,11 +49,11 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
     save_file(tensors, folder / "model.safetensors")
 
 
-# -------------------------------------------------------------------------------------------------- what is registered
+# -------------------------------------------------------------------------------------------------------- the registry
 
 
 @pytest.mark.parametrize("item", REGISTRY.values(), ids=lambda item: item.name)
-def test_registered_weights_say_where_they_come_from_and_what_one_may_do(item: Weights) -> None:
+def test_registered_weights_have_a_licence_an_origin_and_a_hash(item: Weights) -> None:
     assert item.licence
     assert item.origin
     assert len(item.sha256) == (0 if isinstance(item.source, Hub) else 64)
@@ -71,7 +71,7 @@ def test_a_registered_matcher_fits_its_own_extractor_and_unknown_ones() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, item in REGISTRY.items() if isinstance(item.source, Packaged)])
-def test_weights_inside_the_package_are_there_and_whole(name: str) -> None:
+def test_packaged_weights_are_complete(name: str) -> None:
     item = REGISTRY[name]
     assert item.file.stat().st_size == item.size
     weights.verify(item)
@@ -79,7 +79,7 @@ def test_weights_inside_the_package_are_there_and_whole(name: str) -> None:
     assert weights.fetch(item.name) == item.path
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_name_is_refused_and_the_known_ones_are_listed() -> None:
     with pytest.raises(WeightsError, match=r"'superpiont'.*superpoint-open.*kpmatch weights list"):
         SuperPoint.from_pretrained("superpiont")
     with pytest.raises(WeightsError, match="no weights are called"):
@@ -96,7 +96,7 @@ def test_a_folder_without_config_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "<html></html>"])
-def test_a_config_that_is_no_configuration_is_refused(folder: Path, content: str) -> None:
+def test_an_invalid_config_json_is_refused(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     for network in (SuperPoint, LightGlue):
         with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
@@ -109,7 +109,7 @@ def test_a_folder_without_tensors_is_refused(folder: Path) -> None:
         LightGlue.from_pretrained(folder)
 
 
-def test_an_option_that_is_not_known_is_named(folder: Path) -> None:
+def test_an_unknown_option_is_named(folder: Path) -> None:
     edit_config(folder, lambda config: config.update(add_scale_ori=True))
     with pytest.raises(WeightsError, match="sets add_scale_ori, which this lightglue does not support"):
         LightGlue.from_pretrained(folder)
@@ -173,7 +173,7 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> 
             network.from_pretrained(folder)
 
 
-def test_half_precision_weights_are_loaded_in_single(folder: Path) -> None:
+def test_half_precision_weights_are_loaded_as_float32(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({name: t.half() for name, t in tensors.items()}))
     assert {tensor.dtype for tensor in LightGlue.from_pretrained(folder).state_dict().values()} == {torch.float32}
 
@@ -228,7 +228,7 @@ def test_code_inside_a_file_is_refused_and_does_not_run(tmp_path: Path, zipped: 
     assert marker.exists()  # otherwise the file was harmless and the test proved nothing
 
 
-def test_dictionaries_without_end_are_refused(tmp_path: Path) -> None:
+def test_recursive_and_deeply_nested_dictionaries_are_refused(tmp_path: Path) -> None:
     itself: dict[str, Any] = {}
     itself["model"] = itself
     for content in (itself, {"a": {"b": {"c": {"d": {"e": torch.zeros(1)}}}}}):
@@ -250,7 +250,7 @@ def test_dictionaries_without_end_are_refused(tmp_path: Path) -> None:
     ],
     ids=["sparse", "nested", "quantised", "complex", "meta", "expanded", "4 TB"],
 )
-def test_tensors_that_are_no_plain_numbers_are_named(
+def test_tensors_that_are_not_plain_arrays_are_named(
     tmp_path: Path, small_superpoint: dict[str, Any], change: Any, fault: str
 ) -> None:
     tensors = SuperPoint(**small_superpoint).state_dict()
@@ -296,7 +296,7 @@ def test_a_file_with_only_some_of_the_tensors_is_refused(tmp_path: Path, tensors
             network.from_pretrained(tmp_path / "some.pth")
 
 
-# --------------------------------------------------------------------------------------- what does not belong together
+# -------------------------------------------------------------------------------------------- networks that do not fit
 
 
 def test_an_extractor_given_as_matcher_is_refused_and_the_other_way_round(random_folder: SaveFolder) -> None:
@@ -306,7 +306,7 @@ def test_an_extractor_given_as_matcher_is_refused_and_the_other_way_round(random
         FeatureMatcher(extractor="lightglue-superpoint-open")
 
 
-def test_a_detector_alone_is_no_matcher(folder: Path) -> None:
+def test_a_detector_alone_is_refused_as_a_matcher(folder: Path) -> None:
     edit_config(folder, lambda config: config.update(config["keypoint_detector_config"]))
     with pytest.raises(WeightsError, match="holds a superpoint, not a lightglue; check which is given as extractor"):
         LightGlue.from_pretrained(folder)
@@ -317,14 +317,14 @@ def test_descriptors_of_another_size_are_refused(good_folder: Path) -> None:
         FeatureMatcher(extractor=str(good_folder), device="cpu")
 
 
-def test_a_registered_matcher_wants_the_extractor_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registered_matcher_accepts_only_the_extractor_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REGISTRY, "superpoint-other", REGISTRY["superpoint-open"])
     with pytest.raises(WeightsError, match="lightglue-superpoint-open was made for the extractor superpoint-open, not"):
         FeatureMatcher(extractor="superpoint-other", device="cpu")
 
 
 @pytest.mark.parametrize("network", [DISK, ALIKED])
-def test_an_extractor_of_another_kind_is_refused_though_its_descriptors_have_the_size(
+def test_an_extractor_of_another_kind_is_refused_even_if_its_descriptor_size_fits(
     network: Any, random_folder: SaveFolder, tmp_path: Path
 ) -> None:
     """In this test SuperPoint has descriptors of 128 numbers, as have DISK and ALIKED."""
@@ -339,7 +339,7 @@ def test_an_extractor_of_another_kind_is_refused_though_its_descriptors_have_the
     FeatureMatcher(extractor=str(file), matcher="nearest", device="cpu")
 
 
-def test_the_fast_extractor_has_the_matchers_of_the_one_that_taught_it() -> None:
+def test_the_fast_extractor_works_with_the_matchers_of_its_teacher() -> None:
     for suffix in ("", "-small"):
         assert REGISTRY[f"lightglue-superpoint-open{suffix}"].fits("superpoint-open-fast")
     assert not REGISTRY["lightglue-superpoint-open"].fits("aliked-n16")
@@ -364,9 +364,7 @@ def test_the_small_matcher_matches_with_the_first_layers_of_the_large_one() -> N
 # ----------------------------------------------------------------------------------------------------- on this machine
 
 
-def test_damaged_weights_of_the_package_ask_for_another_installation(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_damaged_packaged_weights_ask_the_user_to_reinstall(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     item = REGISTRY["superpoint-open"]
     damaged = bytearray(item.file.read_bytes())
     damaged[-1] ^= 1

@@ -67,7 +67,7 @@ def test_fetching_puts_the_file_in_the_cache_once(run: Run, served: weights.Weig
     assert run("weights", "fetch", "far-away")[0] == 0 and served.file.stat().st_mtime_ns == first
 
 
-def test_a_damaged_file_is_shown_as_such(run: Run, served: weights.Weights) -> None:
+def test_a_damaged_file_is_listed_as_damaged(run: Run, served: weights.Weights) -> None:
     served.file.parent.mkdir(parents=True)
     served.file.write_bytes(b"<html>404</html>")
     assert "DAMAGED" in run("weights", "list")[1]
@@ -79,7 +79,7 @@ def test_a_damaged_file_is_shown_as_such(run: Run, served: weights.Weights) -> N
     [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name)],
     ids=["a folder", "a FIFO", "a link to itself"],
 )
-def test_what_cannot_be_read_in_the_cache_is_named_and_hides_nothing_else(
+def test_an_unreadable_cache_entry_is_reported_and_does_not_hide_the_others(
     run: Run, served: weights.Weights, make: Callable[[Path], None]
 ) -> None:
     served.file.parent.mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_in_the_cache_is_named_and_hides_nothing_else(
     assert str(served.file) in finding.text and "remove it" in finding.remedy
 
 
-def test_fetching_what_cannot_be_had_says_so(run: Run, served: weights.Weights, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_fetched_are_reported(run: Run, served: weights.Weights, tmp_path: Path) -> None:
     next((tmp_path / "index").iterdir()).unlink()
     status, out, err = run("weights", "fetch", "far-away")
     assert status == 2 and out == ""
@@ -126,7 +126,9 @@ def test_info_on_an_unregistered_folder_says_that_its_licence_is_unknown(run: Ru
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut off"])
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
-def test_what_is_no_weights_is_refused_in_one_line(run: Run, tmp_path: Path, name: str, content: bytes) -> None:
+def test_files_that_are_not_weights_are_refused_in_one_line(
+    run: Run, tmp_path: Path, name: str, content: bytes
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     assert name in refused(run("weights", "info", path))
@@ -194,14 +196,14 @@ def test_a_superpoint_becomes_a_folder_that_transformers_loads(
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_registered_weights_convert_with_their_precision_and_their_extractor(run: Run, tmp_path: Path) -> None:
+def test_converted_registered_weights_keep_their_precision_and_extractor(run: Run, tmp_path: Path) -> None:
     assert run("weights", "convert", "lightglue-superpoint-open", tmp_path / "folder")[0] == 0
     written, original = tmp_path / "folder" / "model.safetensors", weights.find("superpoint-open").file
     assert written.stat().st_size == original.stat().st_size
     assert json.loads((tmp_path / "folder" / "config.json").read_text())["dtype"] == "float16"
 
 
-def test_a_network_and_its_configuration_fit_a_single_file(
+def test_a_network_and_its_configuration_can_be_stored_in_a_single_file(
     run: Run, authors_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     model = SuperPoint.from_pretrained(authors_files[0])
@@ -234,12 +236,12 @@ def test_a_target_that_is_neither_a_folder_nor_a_safetensors_file_is_refused(run
     assert not target.exists()
 
 
-def test_a_text_is_no_weights(run: Run, tmp_path: Path) -> None:
+def test_a_text_file_is_refused_as_weights(run: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hi\n")
     assert "(it is not a PyTorch file)" in refused(run("weights", "info", tmp_path / "notes.txt"))
 
 
-def test_a_target_that_exists_is_left_alone(run: Run, tmp_path: Path) -> None:
+def test_an_existing_target_is_not_overwritten(run: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert "already exists" in refused(run("weights", "convert", "superpoint-open", tmp_path / "folder"))
     assert not list((tmp_path / "folder").iterdir())
@@ -248,9 +250,7 @@ def test_a_target_that_exists_is_left_alone(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
 
 
-def test_a_matcher_and_an_extractor_that_the_matcher_would_refuse_are_not_put_together(
-    run: Run, tmp_path: Path
-) -> None:
+def test_a_matcher_is_not_converted_with_an_extractor_that_it_would_refuse(run: Run, tmp_path: Path) -> None:
     words = ["lightglue-superpoint-open-fast", tmp_path / "out", "--extractor", "superpoint-open"]
     said = refused(run("weights", "convert", *words))
     assert "made for the extractor superpoint-open-fast, not for superpoint-open" in said

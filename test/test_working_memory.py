@@ -11,14 +11,14 @@ import torch
 from kpmatch_ros.runtime.working_memory import release, working_memory
 
 
-def test_a_thread_gets_the_same_memory_again_and_more_where_it_asks_for_more() -> None:
+def test_a_thread_reuses_its_memory_and_gets_more_on_request() -> None:
     first = working_memory(100)
     assert working_memory(50) is first
     more = working_memory(2 * len(first))
     assert len(more) >= 2 * len(first) and working_memory(100) is more
 
 
-def test_threads_do_not_share_memory_and_leave_none_behind() -> None:
+def test_threads_do_not_share_memory_and_free_it_when_they_end() -> None:
     found: list[weakref.ref[torch.Tensor]] = []
 
     def work() -> None:
@@ -35,7 +35,7 @@ def test_threads_do_not_share_memory_and_leave_none_behind() -> None:
     assert len(found) == 1 and found[0]() is None
 
 
-def test_what_is_released_is_freed() -> None:
+def test_released_memory_is_freed() -> None:
     kept = weakref.ref(working_memory(100))
     release()
     gc.collect()

@@ -146,7 +146,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Ours:
 @pytest.mark.parametrize(
     ("height", "width", "seed", "border"), [(64, 96, 0, 1), (96, 64, 1, 0), (64, 64, 2, 4)], ids=str
 )
-def test_finds_and_describes_the_keypoints_of_the_definition(
+def test_finds_and_describes_the_keypoints_of_a_reference_implementation(
     picture: Callable[..., Tensor],
     ours: Ours,
     layout: torch.memory_format,
@@ -166,7 +166,7 @@ def test_finds_and_describes_the_keypoints_of_the_definition(
         assert torch.allclose(found[point][1], descriptor, atol=1e-4)
 
 
-def test_an_image_of_other_sides_is_seen_a_little_smaller(picture: Callable[..., Tensor], ours: Ours) -> None:
+def test_an_image_is_scaled_down_to_sides_that_are_multiples_of_32(picture: Callable[..., Tensor], ours: Ours) -> None:
     image = picture(75, 110)[None]
     smaller = F.interpolate(image.mean(dim=1, keepdim=True), (64, 96), mode="bilinear", align_corners=False)
     model = ours()
@@ -176,7 +176,7 @@ def test_an_image_of_other_sides_is_seen_a_little_smaller(picture: Callable[...,
     assert torch.allclose(found.keypoints[0] + 0.5, (expected.keypoints[0] + 0.5) * scale, atol=1e-4)
 
 
-def test_of_such_an_image_no_keypoint_lies_where_it_may_not(picture: Callable[..., Tensor], ours: Ours) -> None:
+def test_the_mask_is_respected_if_the_image_is_scaled_down(picture: Callable[..., Tensor], ours: Ours) -> None:
     image, allowed = picture(75, 110)[None], torch.ones(1, 75, 110, dtype=torch.bool)
     allowed[:, :40] = False
     found = ours()(image, allowed)
@@ -226,7 +226,7 @@ def test_half_precision_finds_most_keypoints(ours: Ours, picture: Callable[..., 
 # Files
 
 
-def test_weights_that_were_saved_load_again(ours: Ours, picture: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_saved_weights_can_be_loaded_again(ours: Ours, picture: Callable[..., Tensor], tmp_path: Path) -> None:
     model, image = ours(), picture(64, 96)[None]
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**model.config, "model_type": "xfeat"}))
@@ -242,7 +242,7 @@ def test_a_file_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
         XFeat.from_pretrained(tmp_path / "xfeat.pt")
 
 
-def test_a_matcher_is_found_beside_the_extractor_that_it_was_trained_with(
+def test_a_matcher_is_loaded_from_a_file_that_also_holds_its_extractor(
     tmp_path: Path, small_lightglue: dict[str, Any], randomise_lightglue: Any
 ) -> None:
     matcher = LightGlue(**small_lightglue)
