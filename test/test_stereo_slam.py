@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -159,11 +160,12 @@ def test_the_code_in_front_end_md_makes_a_factor_with_the_messages_pose_and_cova
     assert names["factor"].error(values) == pytest.approx(expected, rel=1e-2)
 
 
-def test_messages_of_a_frame_may_come_in_any_order() -> None:
+@pytest.mark.parametrize("order", itertools.permutations(["relative_pose", "matches", "stereo_matches"]))
+def test_messages_of_a_frame_may_come_in_any_order(order: tuple[str, ...]) -> None:
     slam, world = new_slam(), World()
     messages = {"stereo_matches": world.stereo(1), **world.pair(0, 1)}
     slam.add("stereo_matches", world.stereo(0))
-    completed = [slam.add(topic, messages[topic]) for topic in ("relative_pose", "matches", "stereo_matches")]
+    completed = [slam.add(topic, messages[topic]) for topic in order]
     assert completed == [0, 0, 2], "the first frame is known with the first pair"
 
 
