@@ -25,7 +25,7 @@ SHARE = Path(get_package_share_directory("kpmatch_ros"))
 
 
 @pytest.fixture(autouse=True)
-def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def isolated_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A separate ROS domain, and a folder for the logs and parameter files that launch leaves behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path))

@@ -115,7 +115,7 @@ class NodeUnderTest:
         age = time.time() - said.header.stamp.sec
         return f"{self.log}\n{len(self.diagnostics)} diagnostics, the last {age:.0f} s ago: {said.status[0]}"
 
-    def is_there(self) -> bool:
+    def is_discovered(self) -> bool:
         """Whether the node has been discovered, configured or not."""
         offers = self.node.get_publishers_info_by_topic("/diagnostics")
         return any(offer.node_namespace == self.namespace for offer in offers)

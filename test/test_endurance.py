@@ -128,7 +128,7 @@ def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: 
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_two_interrupts_while_the_weights_load_end_the_node_cleanly(tmp_path: Path, delay: float) -> None:
     with running_node(tmp_path, calibrated=False, max_keypoints=4096) as node:
-        node.wait_for(node.is_there, "the node to be there")
+        node.wait_for(node.is_discovered, "the node to be there")
         time.sleep(delay)
         for _ in range(2):
             node.process.send_signal(signal.SIGINT)

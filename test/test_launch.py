@@ -23,7 +23,7 @@ from launch import LaunchContext, LaunchDescription, LaunchService  # noqa: E402
 from launch.actions import DeclareLaunchArgument, RegisterEventHandler  # noqa: E402
 from launch.event_handlers import OnProcessExit, OnProcessStart  # noqa: E402
 from launch.launch_description_sources import get_launch_description_from_python_launch_file  # noqa: E402
-from launch_harness import SHARE, LaunchedNode, apart, include, launched, run  # noqa: E402, F401  (apart is a fixture)
+from launch_harness import SHARE, LaunchedNode, include, isolated_launch, launched, run  # noqa: E402, F401  (a fixture)
 from launch_ros.actions import PushRosNamespace, SetParameter, SetParametersFromFile  # noqa: E402
 from lifecycle_msgs.srv import GetState  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402

@@ -69,7 +69,7 @@ def test_a_managed_node_has_a_bond_under_its_name_while_it_is_active(tmp_path: P
     with running_node(tmp_path, autostart=False, bond_heartbeat_period=0.05, matcher="nearest", **SMALL) as node:
         heard: list[str] = []
         node.subscribe(String, "bond", lambda message: heard.append(message.data))
-        node.wait_for(node.is_there, "the node")
+        node.wait_for(node.is_discovered, "the node")
         change(node, "configure")
         node.spin(0.3)
         assert not heard
@@ -130,7 +130,7 @@ def test_a_manager_with_bondpy_forms_a_bond_and_notices_a_kill(tmp_path: Path) -
     from bondpy.bondpy import Bond
 
     with running_node(tmp_path, autostart=False, matcher="nearest", **SMALL) as node:
-        node.wait_for(node.is_there, "the node")
+        node.wait_for(node.is_discovered, "the node")
         change(node, "configure")
         change(node, "activate")
         events: list[str] = []

@@ -30,7 +30,7 @@ def image(seconds: float, frame: str = "camera") -> Image:
 def test_topics_remapped_onto_one_another_are_reported(tmp_path: Path, arguments: tuple[str, str]) -> None:
     remapping, name = arguments
     with running_node(tmp_path, ("-r", remapping), autostart=False, **SMALL) as node:
-        node.wait_for(node.is_there, "the node")
+        node.wait_for(node.is_discovered, "the node")
         request = ChangeState.Request()
         request.transition.label = "configure"
         assert not node.call(ChangeState, "matcher/change_state", request).success
@@ -76,7 +76,7 @@ def test_an_invalid_quality_of_service_override_is_reported(
 ) -> None:
     overrides = {f"qos_overrides./{override}": "relyable"}
     with running_node(tmp_path, autostart=False, **SMALL, **overrides) as node:
-        node.wait_for(node.is_there, "the node")
+        node.wait_for(node.is_discovered, "the node")
         for label in ("configure", "activate")[: 2 if transition == "activate" else 1]:
             request = ChangeState.Request()
             request.transition.label = label

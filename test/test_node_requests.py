@@ -57,7 +57,7 @@ def test_a_transition_that_is_not_allowed_is_refused_by_id_and_by_label(tmp_path
 
 def test_parameters_of_unknown_types_and_very_long_lists_are_refused(tmp_path: Path) -> None:
     with running_node(tmp_path, autostart=False) as node:
-        node.wait_for(node.is_there, "the node")
+        node.wait_for(node.is_discovered, "the node")
         good = Parameter("max_keypoints", value=77).to_parameter_msg()
         for kind in (10, 255):
             parameters = [typed("max_keypoints", kind), good]
@@ -120,7 +120,7 @@ def test_a_negative_time_on_the_clock_is_counted_and_reported_and_the_node_goes_
 
 def test_a_profile_sets_the_parameters_that_were_not_given(tmp_path: Path) -> None:
     with running_node(tmp_path, autostart=False, profile="fast", matcher="nearest") as node:
-        node.wait_for(node.is_there, "the node")
+        node.wait_for(node.is_discovered, "the node")
         request = GetParameters.Request(names=["profile", "matcher", "max_keypoints"])
         values = ask(node, GetParameters, "get_parameters", request).values
         assert [values[0].string_value, values[1].string_value, values[2].integer_value] == ["fast", "nearest", 512]

@@ -12,7 +12,7 @@ pytest.importorskip("launch_ros", reason="launch comes with a ROS installation, 
 from launch import LaunchDescriptionEntity
 from launch.actions import GroupAction, RegisterEventHandler
 from launch.event_handlers import OnProcessStart
-from launch_harness import apart, include, launched, run  # noqa: F401  (apart is a fixture)
+from launch_harness import include, isolated_launch, launched, run  # noqa: F401  (a fixture)
 from launch_ros.actions import PushRosNamespace
 
 
