@@ -379,7 +379,8 @@ class FeatureMatcher:
     def _load_extractor(self) -> Extractor:
         name = self.parameters.extractor
         network = _EXTRACTORS[network_type(name, _EXTRACTORS)]
-        weights.check_pair(self.parameters.matcher, name)  # before the user fetches weights that do not fit
+        if self.parameters.matcher != "nearest":
+            check_made_for(self.parameters.matcher, name)  # before the user fetches weights that do not fit
         extractor = network.from_pretrained(name)
         if isinstance(extractor, SuperPoint) and self.device.type == "cpu":
             extractor.use_compiled(self.dtype)
@@ -390,7 +391,6 @@ class FeatureMatcher:
         name, extractor = self.parameters.matcher, self.parameters.extractor
         if name == "nearest":
             return NearestNeighbour()
-        check_made_for(name, extractor)
         matcher = _MATCHERS[network_type(name, _MATCHERS)].from_pretrained(name)
         if matcher.input_dim != self.extractor.descriptor_size:
             raise weights.WeightsError(
