@@ -344,10 +344,11 @@ def failing_at(function: Callable[..., Any], fault: Exception, place: int) -> Ca
 
 @pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), MemoryError("no memory")])
 def test_io_or_memory_errors_are_not_damage_of_an_mcap(tmp_path: Path, monkeypatch: Monkey, fault: Exception) -> None:
-    read_bytes = mcap_file.McapFile._exactly  # noqa: SLF001
+    reading = mcap_file._Reading  # noqa: SLF001
+    read_bytes = reading._exactly  # noqa: SLF001
     for summary, place in [(True, place) for place in range(32)] + [(False, place) for place in range(27)]:
         path = write_mcap(tmp_path / "bag.mcap", chunks=4, summary=summary)
-        monkeypatch.setattr(mcap_file.McapFile, "_exactly", failing_at(read_bytes, fault, place))
+        monkeypatch.setattr(reading, "_exactly", failing_at(read_bytes, fault, place))
         with pytest.raises(BagError, match=str(fault.args[-1])):
             read(path)
 

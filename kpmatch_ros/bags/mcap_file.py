@@ -13,12 +13,12 @@ import struct
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from kpmatch_ros.bags.storage import LARGEST, Channel, Definition, from_lz4, from_zstd, in_seconds, reason_of, zstd
+from kpmatch_ros.bags.storage import LARGEST, Channel, Definition, from_lz4, from_zstd, reason_of, so_far, zstd
 
 __all__ = ["MAGIC", "McapFile"]
 
@@ -86,32 +86,97 @@ class McapFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.channels: dict[int, Channel] = {}
-        self.counts: Counter[int] = Counter()
-        self._schemas: dict[int, tuple[str, Definition]] = {0: ("", Definition("", b""))}  # id 0 means no schema
-        self._declared: dict[int, tuple[int, str, str]] = {}  # by channel id: schema, topic, encoding
-        self._chunks: list[_Chunk] = []
-        self._unchunked: dict[int, array[int]] = {}  # by channel: log time and place of each message outside any chunk
-        self.unfinished = ""
-        self.damage: list[str] = []
-        self._damaged: set[int] = set()  # damaged places that were found so far
-        self._last: int | None = None  # log time of the last message that could be read
+        with path.open("rb") as file:
+            index = _Index(file)
+        self.channels, self.counts = index.channels, index.counts
+        self.unfinished, self.damage = index.unfinished, index.damage
+        self._chunks, self._unchunked, self._damaged = index.chunks, index.unchunked, index.damaged
         self._path = path
-        self._file: BinaryIO
-        with path.open("rb") as self._file:
-            self._open()
 
-    def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
-        """The messages of some channels in the order of their log times: channel, log time, content."""
-        chunks = [chunk for chunk in self._chunks if not chunk.channels or not chunk.channels.isdisjoint(ids)]
+    def messages(self, ids: Collection[int], damage: list[str]) -> Iterator[tuple[int, int, bytes]]:
+        """Yield the messages of some channels in the order of their log times: channel, log time, content.
+
+        `damage` receives what cannot be read, see :class:`kpmatch_ros.bags.storage.StorageFile`. Places that were found
+        to be damaged when the file was opened are not reported again.
+        """
+        with self._path.open("rb") as file:
+            yield from _Pass(file, damage, self._damaged).messages(ids, self._chunks, self._unchunked)
+
+
+class _Reading:
+    """Reads the records of an open file, and notes where it is damaged.
+
+    Attributes:
+        damage: what cannot be read, and where, in words.
+        damaged: damaged places that were found so far.
+    """
+
+    def __init__(self, file: BinaryIO, damage: list[str], damaged: Collection[int] = ()) -> None:
+        self.damage = damage
+        self.damaged = set(damaged)
+        self._last: int | None = None  # log time of the last message that could be read
+        self._file = file
+        self._size = file.seek(0, 2)
+
+    def _at(self, place: int) -> _Record:
+        code, after = self._head(place)
+        return _Record(code, self._exactly(after - place - 9))
+
+    def _walk(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield code, begin and end of each record between two places. The file is then at the record's content."""
+        place = begin
+        while place < end:
+            code, after = self._head(place)
+            yield code, place, after
+            place = after
+
+    def _head(self, place: int) -> tuple[int, int]:
+        """Code and end of the record at a place. The file is then at its content."""
+        if place > self._size:  # from a damaged index; seeking there may raise an OSError
+            raise ValueError("a record is truncated")
+        self._file.seek(place)
+        code, length = struct.unpack("<BQ", self._exactly(9))
+        if not code:  # a disk that lost writes leaves zeros
+            raise ValueError("no record begins there")
+        if place + 9 + length > self._size:
+            raise ValueError("a record is truncated")
+        return code, place + 9 + length
+
+    def _exactly(self, length: int) -> bytes:
+        found = self._file.read(length)
+        if len(found) != length:
+            raise ValueError("a record is truncated")
+        return found
+
+    def _leave_out(self, place: int, error: Exception, before: int = 0) -> None:
+        """Report damage in the record at a place; `before` messages in that record were read before the damage."""
+        if place in self.damaged:  # reported already, for example when the file was opened
+            return
+        self.damaged.add(place)
+        if len(self.damaged) <= _MOST_REPORTED:
+            left_out = "its content after the damage" if before else "it"
+            self.damage.append(
+                f"the data at byte {place} is damaged: {reason_of(error)}; {left_out} was left out; "
+                + so_far(self._last)
+            )
+        elif len(self.damaged) == _MOST_REPORTED + 1:
+            self.damage.append(f"more damaged data was left out, the first at byte {place}")
+
+
+class _Pass(_Reading):
+    """Reads the messages of some channels."""
+
+    def messages(
+        self, ids: Collection[int], chunks: Sequence[_Chunk], unchunked: Mapping[int, array[int]]
+    ) -> Iterator[tuple[int, int, bytes]]:
+        """Yield channel, log time and content in the order of the log times."""
+        chunks = [chunk for chunk in chunks if not chunk.channels or not chunk.channels.isdisjoint(ids)]
         sources = [self._of_chunk(number, chunk, ids) for number, chunk in enumerate(chunks)]
-        sources.append(self._of_unchunked(len(chunks), ids))
-        self._last = None
-        with self._path.open("rb") as self._file:
-            for time, _, _, channel, content in heapq.merge(*sources):
-                if content is not None:
-                    self._last = time
-                    yield channel, time, content
+        sources.append(self._of_unchunked(len(chunks), ids, unchunked))
+        for time, _, _, channel, content in heapq.merge(*sources):
+            if content is not None:
+                self._last = time
+                yield channel, time, content
 
     def _of_chunk(
         self, number: int, chunk: _Chunk, ids: Collection[int]
@@ -136,15 +201,38 @@ class McapFile:
         if obstacle is not None:
             self._leave_out(chunk.place, obstacle, before)
 
-    def _of_unchunked(self, number: int, ids: Collection[int]) -> Iterator[tuple[int, int, int, int, bytes | None]]:
-        stored = {channel: self._unchunked.get(channel, array("Q")) for channel in ids}
+    def _of_unchunked(
+        self, number: int, ids: Collection[int], unchunked: Mapping[int, array[int]]
+    ) -> Iterator[tuple[int, int, int, int, bytes | None]]:
+        stored = {channel: unchunked.get(channel, array("Q")) for channel in ids}
         places = sorted(entry for channel, both in stored.items()
                         for entry in zip(both[::2], both[1::2], repeat(channel)))  # fmt: skip
         for order, (time, place, channel) in enumerate(places):
             yield time, number, order, channel, self._at(place).content[22:]
 
+
+class _Index(_Reading):
+    """Finds what a file holds, and where: from its summary, or else by a scan.
+
+    Attributes:
+        channels, counts, unfinished: see :class:`McapFile`.
+        chunks: that hold messages.
+        unchunked: log time and place of each message outside any chunk, by channel.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, [])
+        self.channels: dict[int, Channel] = {}
+        self.counts: Counter[int] = Counter()
+        self.chunks: list[_Chunk] = []
+        self.unchunked: dict[int, array[int]] = {}
+        self.unfinished = ""
+        self._schemas: dict[int, tuple[str, Definition]] = {0: ("", Definition("", b""))}  # id 0 means no schema
+        self._declared: dict[int, tuple[int, str, str]] = {}  # by channel id: schema, topic, encoding
+        self._open()
+
     def _open(self) -> None:
-        size = self._size = self._file.seek(0, 2)
+        size = self._size
         if not size:
             raise ValueError("the file is empty")
         self._file.seek(0)
@@ -179,7 +267,7 @@ class McapFile:
         except (ValueError, struct.error) as error:
             self.damage.append(f"its index was not used, because it is damaged: {reason_of(error)}")
             summary = 0
-        reached, obstacle, _ = self._scan(begin, summary or end, sorted(chunk.place for chunk in self._chunks))
+        reached, obstacle, _ = self._scan(begin, summary or end, sorted(chunk.place for chunk in self.chunks))
         if not self.counts and (obstacle or self.damage):
             raise obstacle or ValueError(self.damage[0])
         if obstacle is not None:
@@ -202,7 +290,7 @@ class McapFile:
         elif not cut:
             self.unfinished = "the recording was not finished, or was cut short"
         else:
-            self.unfinished = f"the recording was not finished, or was cut short; {self._so_far()}" + (
+            self.unfinished = f"the recording was not finished, or was cut short; {so_far(self._last)}" + (
                 f"; its last {rest} bytes, from byte {reached} on, hold no complete record" if rest else ""
             )
 
@@ -236,26 +324,8 @@ class McapFile:
 
     def _end_at(self, place: int, obstacle: Exception) -> None:
         self.damage.append(
-            f"it is damaged at byte {place}: {reason_of(obstacle)}; the rest was not read; {self._so_far()}"
+            f"it is damaged at byte {place}: {reason_of(obstacle)}; the rest was not read; {so_far(self._last)}"
         )
-
-    def _so_far(self) -> str:
-        if self._last is None:
-            return "no message was read before that"
-        return f"the last message read before that is at {in_seconds(self._last)}"
-
-    def _leave_out(self, place: int, error: Exception, before: int = 0) -> None:
-        """Report damage in the record at a place; `before` messages in that record were read before the damage."""
-        if place in self._damaged:  # reported already, for example when the file was opened
-            return
-        self._damaged.add(place)
-        if len(self._damaged) <= _MOST_REPORTED:
-            left_out = "its content after the damage" if before else "it"
-            self.damage.append(
-                f"the data at byte {place} is damaged: {reason_of(error)}; {left_out} was left out; {self._so_far()}"
-            )
-        elif len(self._damaged) == _MOST_REPORTED + 1:
-            self.damage.append(f"more damaged data was left out, the first at byte {place}")
 
     def _read_summary(self, data: int, begin: int, end: int) -> bool:
         """Read the summary, which follows the data. Returns whether it describes everything in the file."""
@@ -269,7 +339,7 @@ class McapFile:
                 start, _, chunk, length = fields.numbers("QQQQ")
                 offsets = fields.counted()
                 entries = struct.iter_unpack("<HQ", offsets[: len(offsets) // 10 * 10])
-                self._chunks.append(_Chunk(start, chunk, frozenset(channel for channel, _ in entries)))
+                self.chunks.append(_Chunk(start, chunk, frozenset(channel for channel, _ in entries)))
                 indexed.append((chunk, chunk + length + fields.numbers("Q")[0]))
             elif code == _STATISTICS:
                 fields = _Fields(record.content)
@@ -283,7 +353,7 @@ class McapFile:
             messages
             and counted
             and len(self._declared) >= channels
-            and len(self._chunks) >= chunks
+            and len(self.chunks) >= chunks
             and self._read_between(data, begin, indexed)
             and all(schema in self._schemas for schema, _, _ in self._declared.values())
         )
@@ -316,7 +386,7 @@ class McapFile:
 
         Where there is no valid record, the scan goes on at the next chunk in `known`, places of chunks from the index.
         """
-        self._chunks, self._unchunked, self.counts = [], {}, Counter()
+        self.chunks, self.unchunked, self.counts = [], {}, Counter()
         place = begin
         while place < end:
             try:
@@ -356,7 +426,7 @@ class McapFile:
         finally:  # the messages before the damage can be read
             if times:
                 self._count(held, times)
-                self._chunks.append(_Chunk(min(times), place, frozenset(held)))
+                self.chunks.append(_Chunk(min(times), place, frozenset(held)))
 
     def _count(self, channels: Sequence[int], times: Sequence[int]) -> None:
         self.counts.update(channels)
@@ -368,7 +438,7 @@ class McapFile:
         Returns its channel and log time.
         """
         channel, _, time, _ = struct.unpack("<HIQQ", self._exactly(22))
-        self._unchunked.setdefault(channel, array("Q")).extend((time, place))
+        self.unchunked.setdefault(channel, array("Q")).extend((time, place))
         return channel, time
 
     def _define(self, record: _Record) -> None:
@@ -383,36 +453,6 @@ class McapFile:
             fields = _Fields(record.content)
             key, schema = fields.numbers("HH")
             self._declared[key] = schema, fields.text(), fields.text()
-
-    def _at(self, place: int) -> _Record:
-        code, after = self._head(place)
-        return _Record(code, self._exactly(after - place - 9))
-
-    def _walk(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield code, begin and end of each record between two places. The file is then at the record's content."""
-        place = begin
-        while place < end:
-            code, after = self._head(place)
-            yield code, place, after
-            place = after
-
-    def _head(self, place: int) -> tuple[int, int]:
-        """Code and end of the record at a place. The file is then at its content."""
-        if place > self._size:  # from a damaged index; seeking there may raise an OSError
-            raise ValueError("a record is truncated")
-        self._file.seek(place)
-        code, length = struct.unpack("<BQ", self._exactly(9))
-        if not code:  # a disk that lost writes leaves zeros
-            raise ValueError("no record begins there")
-        if place + 9 + length > self._size:
-            raise ValueError("a record is truncated")
-        return code, place + 9 + length
-
-    def _exactly(self, length: int) -> bytes:
-        found = self._file.read(length)
-        if len(found) != length:
-            raise ValueError("a record is truncated")
-        return found
 
 
 def _split(content: bytes) -> Iterator[_Record]:

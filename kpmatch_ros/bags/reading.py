@@ -71,7 +71,7 @@ def _opened(path: Path) -> Iterator[Recording]:
         if not recording.counts.total():
             foreign = ", ".join(f"{topic} ({encoding})" for topic, encoding in sorted(recording.foreign.items()))
             only = f" in the encoding of ROS 2, only {foreign}" if foreign else ""
-            raise BagError("; ".join([f"{path}: the bag holds no messages{only}", *recording.damage]))
+            raise BagError("; ".join([f"{path}: the bag holds no messages{only}", *recording.findings.damage]))
         yield recording
     finally:
         with suppress(Exception):
@@ -87,7 +87,7 @@ def bag_topics(path: str | Path) -> list[Topic]:
 def bag_damage(path: str | Path) -> list[str]:
     """The damage that is found when a bag is opened, before its messages are read, in words. Raises BagError."""
     with _opened(Path(path)) as recording:
-        return recording.damage
+        return recording.findings.damage
 
 
 def image_topics(path: str | Path) -> list[Topic]:
@@ -132,6 +132,7 @@ def read_messages(
                 f"{path}: has no topic {', '.join(missing)}; it has {', '.join(sorted(known))}{''.join(foreign)}"
             )
         wanted = known if topics is None else set(topics)
+        findings = recording.findings.copy()
         types = topics if isinstance(topics, Mapping) else {}
         left_out: Counter[str] = Counter()
         reasons: dict[str, str] = {}  # why a message was left out: the first reason of each topic
@@ -143,7 +144,7 @@ def read_messages(
                 with explained(path, f"the definition of {kind} cannot be used"):
                     stores[kind], why = _store_for(kind, recording.definitions.get(kind))
                 if why:
-                    recording.remarks.append(
+                    findings.remarks.append(
                         f"{kind}: was decoded with this package's definition, because the bag's definition {why}"
                     )
             if kind not in stores[kind].types:
@@ -151,14 +152,14 @@ def read_messages(
                     f"{path}: {topic} has the type {kind}, which neither this package nor the bag defines; "
                     "leave that topic out"
                 )
-        raw = recording.messages(wanted)
+        raw = recording.messages(wanted, findings)
         nothing = wanted == known
         while True:
             with explained(path):
                 found = next(raw, None)
             unsaid = remarks is None or (found is None and nothing)
-            if unsaid and recording.damage:
-                raise BagError(f"{path}: cannot be read: {with_remedy(recording.damage[0], path)}")
+            if unsaid and (damage := findings.damage):
+                raise BagError(f"{path}: cannot be read: {with_remedy(damage[0], path)}")
             if found is None:
                 break
             nothing = False
@@ -178,7 +179,7 @@ def read_messages(
                 continue
             yield Record(found.topic, found.type, found.stamp, message)
         if remarks is not None:
-            new = recording.damage + recording.remarks  # the cause comes before its consequences
+            new = findings.damage + findings.remarks  # the cause comes before its consequences
             for topic, reason in reasons.items():
                 total = sum(count for (name, _), count in recording.counts.items() if name == topic)
                 new.append(f"{topic}: {left_out[topic]} of {total} messages were left out; the first one {reason}")

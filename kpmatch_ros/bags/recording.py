@@ -30,6 +30,8 @@ from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, reason_
 
 __all__ = [
     "BagError",
+    "ChangedError",
+    "Findings",
     "OutputError",
     "Raw",
     "Recording",
@@ -53,6 +55,10 @@ _ZSTD = b"\x28\xb5\x2f\xfd"  # magic bytes of a compressed message or file; an u
 
 class BagError(ValueError):
     """A bag is missing or broken, lacks a topic, or cannot be written. The text says which, and what to do."""
+
+
+class ChangedError(BagError):
+    """A file of a bag was replaced or removed while the bag was open. Another attempt may succeed."""
 
 
 class OutputError(BagError):
@@ -95,15 +101,47 @@ class Raw(NamedTuple):
         return from_zstd(self.stored) if self.stored[:4] == _ZSTD else self.stored
 
 
+class Findings(NamedTuple):
+    """What is odd about a bag, in words for the user.
+
+    Attributes:
+        remarks: what is odd, without the damage.
+        lost: files that cannot be read.
+        damaged: what cannot be read in the other files, by name.
+    """
+
+    remarks: list[str]
+    lost: list[str]
+    damaged: dict[str, list[str]]
+
+    @property
+    def damage(self) -> list[str]:
+        """Which parts of the bag cannot be read."""
+        return self.lost + [f"{name}: {each}" for name, found in self.damaged.items() for each in found]
+
+    def copy(self) -> Findings:
+        """A copy for one pass over the messages. The pass adds to it what it finds."""
+        return Findings([*self.remarks], [*self.lost], {name: [*found] for name, found in self.damaged.items()})
+
+
+class _File(NamedTuple):
+    """A file of an open bag."""
+
+    name: str
+    path: Path  # of the file itself, or of its decompressed content
+    status: os.stat_result  # of `path` when it was opened
+    storage: StorageFile
+
+
 class Recording:
-    """An open bag: a folder, or a bare .mcap or .db3 file.
+    """An open bag: a folder, or a bare .mcap or .db3 file. Reading its messages changes none of its attributes.
 
     Attributes:
         storage: format of its files.
         counts: number of messages in ROS 2's encoding, by topic and type.
         foreign: topics that hold messages in another encoding, and that encoding.
         definitions: message definitions by type; types that the bag does not define are absent.
-        remarks: what is odd about the bag, in words for the user. Reading may add to them.
+        findings: what is odd about the bag, as far as opening it shows that.
 
     Raises:
         BagError: the folder is not a bag, some of its files are missing, or none of them can be read.
@@ -114,11 +152,11 @@ class Recording:
         self.counts: Counter[tuple[str, str]] = Counter()
         self.foreign: dict[str, str] = {}
         self.definitions: dict[str, Definition] = {}
-        self.remarks: list[str] = []
+        self.findings = Findings([], [], {})
+        self._path = path
         self._declared: dict[str, int] = {}  # number of messages by topic, from metadata.yaml
         self._types: dict[str, str] = {}  # by topic, from metadata.yaml
-        self._files: dict[str, StorageFile] = {}  # by name
-        self._lost: list[str] = []  # files that cannot be read
+        self._files: list[_File] = []
         self._stack = ExitStack()
         try:
             files = self._files_of(path) if path.is_dir() else [path]
@@ -132,42 +170,52 @@ class Recording:
                     reason = with_remedy(reason_of(error), file)
                     if len(files) == 1:
                         raise BagError(f"{path}: cannot be read: {reason}") from error
-                    self._lost.append(f"{file.name}: cannot be read, so its messages are missing: {reason}")
+                    self.findings.lost.append(f"{file.name}: cannot be read, so its messages are missing: {reason}")
             if not self._files:
-                raise BagError(f"{path}: none of its {len(files)} files can be read: {'; '.join(self._lost[:3])}")
+                reasons = "; ".join(self.findings.lost[:3])
+                raise BagError(f"{path}: none of its {len(files)} files can be read: {reasons}")
         except BaseException:
             self._stack.close()
             raise
         self._compare_with_metadata()
 
-    @property
-    def damage(self) -> list[str]:
-        """Which parts of the bag cannot be read, in words for the user. Reading may add to it."""
-        return self._lost + [f"{name}: {each}" for name, file in self._files.items() for each in file.damage]
-
     def close(self) -> None:
         """Remove the temporary files that were decompressed."""
         self._stack.close()
 
-    def messages(self, topics: Collection[str]) -> Iterator[Raw]:
-        """Yield the messages on some topics: file by file, and within a file in the order of recording."""
+    def messages(self, topics: Collection[str], findings: Findings) -> Iterator[Raw]:
+        """Yield the messages on some topics: file by file, and within a file in the order of recording.
+
+        Args:
+            topics: to read.
+            findings: a copy of those of the recording. This pass adds to it what it finds, and each pass needs its own.
+
+        Raises:
+            ChangedError: a file was replaced or removed after the bag was opened.
+        """
         read: Counter[str] = Counter()
-        for storage in self._files.values():
+        for file in self._files:
             wanted = {
                 key: (channel.topic, self._type(channel.topic, channel.type))
-                for key, channel in storage.channels.items()
+                for key, channel in file.storage.channels.items()
                 if channel.topic in topics and channel.encoding == "cdr"
             }
             if not wanted:
                 continue
-            for key, stamp, content in storage.messages(wanted):
+            if not _is_still(file.path, file.status):  # what was found when it was opened is not true of another file
+                raise ChangedError(
+                    f"{self._path}: cannot be read: {file.name} was replaced or removed after the bag was opened"
+                )
+            for key, stamp, content in file.storage.messages(wanted, findings.damaged[file.name]):
                 topic, kind = wanted[key]
                 read[topic] += 1
                 yield Raw(topic, kind, stamp, content)
         for topic in sorted(topics):
             indexed = sum(count for (name, _), count in self.counts.items() if name == topic)
             if read[topic] != indexed:
-                self.remarks.append(f"{topic}: the bag's index declares {indexed} messages, {read[topic]} were read")
+                findings.remarks.append(
+                    f"{topic}: the bag's index declares {indexed} messages, {read[topic]} were read"
+                )
 
     def _files_of(self, folder: Path) -> list[Path]:
         present = stored_files(folder)
@@ -184,7 +232,7 @@ class Recording:
                         f"those of one bag: {_in_short(present)}; name one of them, or if all belong to one bag, "
                         f"ros2 bag reindex {folder} writes metadata.yaml"
                     )
-                self.remarks.append(
+                self.findings.remarks.append(
                     f"there is no metadata.yaml: {len(present)} files were read as one bag: {_in_short(present)}"
                 )
             return present
@@ -192,7 +240,7 @@ class Recording:
         if not names:
             if not present:
                 raise BagError(f"{folder}: cannot be read: it has no .mcap or .db3 file")
-            self.remarks.append(
+            self.findings.remarks.append(
                 f"metadata.yaml names no files: these were read: {', '.join(file.name for file in present)}"
             )
             return present
@@ -202,7 +250,7 @@ class Recording:
                 f"{folder}: cannot be read: files that metadata.yaml names are missing: {', '.join(missing)}"
             )
         if unlisted := [file.name for file in present if file not in listed]:
-            self.remarks.append(f"metadata.yaml does not name {', '.join(unlisted)}, which was not read")
+            self.findings.remarks.append(f"metadata.yaml does not name {', '.join(unlisted)}, which was not read")
         return listed
 
     def _read_metadata(self, file: Path) -> list[str]:
@@ -235,15 +283,16 @@ class Recording:
                 ) from error
             path = plain
         with path.open("rb") as stream:
-            begin = stream.read(16)
+            begin, status = stream.read(16), os.fstat(stream.fileno())
         storage: StorageFile
         if begin.startswith(sqlite_file.MAGIC) or (path.suffix == ".db3" and not begin.startswith(mcap_file.MAGIC)):
             storage = SqliteFile(path)
         else:
             storage = McapFile(path)
-        self._files[name] = storage
+        self._files.append(_File(name, path, status, storage))
+        self.findings.damaged[name] = storage.damage
         if storage.unfinished:
-            self.remarks.append(f"{name}: {storage.unfinished}")
+            self.findings.remarks.append(f"{name}: {storage.unfinished}")
         for key, channel in storage.channels.items():
             if channel.encoding != "cdr":
                 if storage.counts[key]:
@@ -260,15 +309,28 @@ class Recording:
     def _compare_with_metadata(self) -> None:
         if self.foreign:
             named = ", ".join(f"{topic} ({encoding})" for topic, encoding in sorted(self.foreign.items()))
-            self.remarks.append(f"topics left out, because they are not in ROS 2's encoding: {named}")
+            self.findings.remarks.append(f"topics left out, because they are not in ROS 2's encoding: {named}")
         held: Counter[str] = Counter()
         for (topic, _), count in self.counts.items():
             held[topic] += count
         for topic, declared in sorted(self._declared.items()):
             if topic not in self.foreign and declared != held[topic]:
-                self.remarks.append(
+                self.findings.remarks.append(
                     f"{topic}: metadata.yaml declares {declared} messages, the files hold {held[topic]}"
                 )
+
+
+def _is_still(file: Path, before: os.stat_result) -> bool:
+    """Whether a path is still that of the file with this status. A recorder may have added to the file since.
+
+    Another inode number alone is no proof of another file, because some network file systems change the numbers.
+    """
+    try:
+        now = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    another = not os.path.samestat(now, before) and now.st_mtime_ns != before.st_mtime_ns
+    return now.st_size >= before.st_size and not another
 
 
 def encodable(text: str) -> str:

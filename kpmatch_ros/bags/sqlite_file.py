@@ -18,7 +18,7 @@ from urllib.parse import quote
 from rosbags.rosbag2.enums import CompressionMode
 from rosbags.rosbag2.storage_sqlite3 import Sqlite3Writer
 
-from kpmatch_ros.bags.storage import Channel, Definition, in_seconds, reason_of
+from kpmatch_ros.bags.storage import Channel, Definition, reason_of, so_far
 
 __all__ = ["MAGIC", "SqliteFile", "SqliteWriter"]
 
@@ -67,7 +67,6 @@ class SqliteFile:
         self._address, self._with_log = f"file:{_quoted(path)}?{access}", left
         self.unfinished = ""
         self.damage: list[str] = []
-        self._last: int | None = None  # time of the last message that was read
         missing = 0 if left else _missing_bytes(path)  # with a log, the last pages may be in it
         self._cut = missing > 0
         if missing:
@@ -76,14 +75,21 @@ class SqliteFile:
             self.channels = _read_topics(database)
             self.counts = self._count(database)
 
-    def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
-        """Yield the messages of some channels in the order of recording: channel, nanoseconds, content."""
-        self._last = None
+    def messages(self, ids: Collection[int], damage: list[str]) -> Iterator[tuple[int, int, bytes]]:
+        """Yield the messages of some channels in the order of recording: channel, nanoseconds, content.
+
+        `damage` receives what cannot be read, see :class:`kpmatch_ros.bags.storage.StorageFile`.
+        """
+        last: int | None = None  # time of the last message that was read
         left_out = 0
+
+        def report(what: str, error: Exception) -> None:
+            damage.append(f"{what} is damaged: {reason_of(error)}; {so_far(last)}")
+
         with closing(self._opened()) as database:
             # Contents are fetched one by one. Some tools write no index by time. SQLite then sorts the result of the
             # query in a temporary file, which would be as large as the bag if the result had the contents.
-            for time, row, channel in self._in_order(database, ids):
+            for time, row, channel in self._in_order(database, ids, report):
                 try:
                     content = _content(database, row)
                     if not isinstance(time, int):
@@ -93,9 +99,9 @@ class SqliteFile:
                 except _DamageError as error:
                     left_out += 1
                     if left_out == 1:
-                        self._add_damage(f"messages were left out; the first one, in row {row},", error)
+                        report(f"messages were left out; the first one, in row {row},", error)
                     continue
-                self._last = time
+                last = time
                 yield channel, time, content
 
     def _count(self, database: sqlite3.Connection) -> Counter[int]:
@@ -114,7 +120,9 @@ class SqliteFile:
             )
             return Counter({channel: count for channel, count in found.items() if channel is not None})
 
-    def _in_order(self, database: sqlite3.Connection, ids: Collection[int]) -> Iterator[tuple[int, int, int | None]]:
+    def _in_order(
+        self, database: sqlite3.Connection, ids: Collection[int], report: Callable[[str, Exception], None]
+    ) -> Iterator[tuple[int, int, int | None]]:
         """Yield time, row and channel of messages in the order of recording; the channel is None if unreadable."""
         last = _FIRST
         if not self._cut:
@@ -129,7 +137,7 @@ class SqliteFile:
                         last = found[:2]
                     yield found
                 return
-        for found in self._around_damage(database, last, self._add_damage):
+        for found in self._around_damage(database, last, report):
             if found[2] is None or found[2] in ids:
                 yield found
 
@@ -163,12 +171,6 @@ class SqliteFile:
                 pass
             rest = [found for found in rest if rows and found[1] <= rows[-1]]
         yield from sorted(rest)
-
-    def _add_damage(self, what: str, error: Exception) -> None:
-        before = "no message was read before that" if self._last is None else (
-            f"the last message read before that is at {in_seconds(self._last)}"
-        )  # fmt: skip
-        self.damage.append(f"{what} is damaged: {reason_of(error)}; {before}")
 
     def _opened(self) -> sqlite3.Connection:
         database = sqlite3.connect(self._address, uri=True)

@@ -22,6 +22,7 @@ __all__ = [
     "from_zstd",
     "in_seconds",
     "reason_of",
+    "so_far",
     "type_name",
     "zstd",
 ]
@@ -47,13 +48,13 @@ class Channel(NamedTuple):
 
 
 class StorageFile(Protocol):
-    """A file of a bag.
+    """A file of a bag. Reading its messages changes none of its attributes.
 
     Attributes:
         channels: by id.
         counts: number of messages by channel.
         unfinished: if the recorder did not finish the file, up to where it goes, in words; otherwise empty.
-        damage: what cannot be read, and where, in words. Reading may add to it.
+        damage: what was found to be unreadable when the file was opened, and where, in words.
     """
 
     channels: dict[int, Channel]
@@ -61,13 +62,25 @@ class StorageFile(Protocol):
     unfinished: str
     damage: list[str]
 
-    def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
-        """Yield the messages of some channels in the order of recording: channel, nanoseconds, content."""
+    def messages(self, ids: Collection[int], damage: list[str]) -> Iterator[tuple[int, int, bytes]]:
+        """Yield the messages of some channels in the order of recording: channel, nanoseconds, content.
+
+        Args:
+            ids: of the channels.
+            damage: receives what is found to be unreadable only while the messages are read, in words.
+        """
 
 
 def in_seconds(stamp: int) -> str:
     """A time in nanoseconds as a text in seconds."""
     return f"{stamp // 10**9}.{stamp % 10**9:09d} s"
+
+
+def so_far(last: int | None) -> str:
+    """Up to which message a file was read before some damage; `last` is its time in nanoseconds, None without any."""
+    if last is None:
+        return "no message was read before that"
+    return f"the last message read before that is at {in_seconds(last)}"
 
 
 def reason_of(error: Exception) -> str:

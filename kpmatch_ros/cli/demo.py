@@ -263,7 +263,7 @@ def _read_bag(bag: Path) -> tuple[list[RecordedFrame], dict[int, Pose]]:
     infos: dict[int, bytes] = {}
     recorded = {IMAGE_TOPIC: images, INFO_TOPIC: infos}
     with contextlib.closing(Recording(bag)) as recording:
-        for raw in recording.messages(recorded):
+        for raw in recording.messages(recorded, recording.findings.copy()):
             recorded[raw.topic][raw.stamp] = raw.content()  # the record time is the stamp of the image
     stamps, poses = read_ground_truth(bag)
     frames = [RecordedFrame(stamp, infos[stamp], images[stamp]) for stamp in sorted(images)]
