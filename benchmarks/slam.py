@@ -36,7 +36,7 @@ from benchmarks.code_hash import hash_of_code
 from examples.stereo_slam.picture import draw
 from examples.stereo_slam.slam import StereoSlam
 from kpmatch_ros import match_request
-from kpmatch_ros.bags import new_message, read_ground_truth, read_messages
+from kpmatch_ros.bags import Bag, new_message, read_ground_truth, read_messages
 from kpmatch_ros.bags.cameras import choose_cameras
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.front_end import FrontEnd
@@ -81,8 +81,9 @@ def outputs(bag: Path, name: str, parameters: Parameters) -> Path:
     package = Path(kpmatch_ros.__file__).parent
     out = bag.with_name(f"{name}-{hash_of_code(package.rglob('*'), **asdict(parameters))}")
     if not out.exists():
-        cameras = choose_cameras(bag, "stereo", {})
-        replay(bag, out, cameras, parameters, poses=out.with_suffix(".txt"), features=True)
+        with Bag(bag) as opened:
+            cameras = choose_cameras(opened, "stereo", {})
+            replay(opened, out, cameras, parameters, poses=out.with_suffix(".txt"), features=True)
     return out
 
 

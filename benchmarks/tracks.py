@@ -25,7 +25,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from kpmatch_ros.bags import read_messages
+from kpmatch_ros.bags import Bag
 from kpmatch_ros.bags.cameras import choose_cameras
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import FrontEnd
@@ -221,10 +221,11 @@ def epipolar(bag: Path, matcher: FeatureMatcher) -> None:
 
     The motion is estimated from all unrefined matches, independently of the tracks and of KLT.
     """
-    topics = choose_cameras(bag, "mono", {})[0]
-    records = {record.topic: record.message for record in read_messages(bag, [topics.camera_info])}
+    with Bag(bag) as opened:
+        topics = choose_cameras(opened, "mono", {})[0]
+        records = {record.topic: record.message for record in opened.messages([topics.camera_info])}
+        images = [np.ascontiguousarray(to_array(each.message)) for each in opened.messages([topics.image])]
     camera = Camera.from_camera_info(records[topics.camera_info], rectified=False)
-    images = [np.ascontiguousarray(to_array(each.message)) for each in read_messages(bag, [topics.image])]
     plain, ours = (
         FrontEnd(replace(matcher.parameters, max_gap=0.0, refine=refine), matcher) for refine in (False, True)
     )

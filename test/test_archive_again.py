@@ -19,7 +19,7 @@ import pytest
 from bag_harness import QUICK, SIZE, Run, stamps, table
 from numpy.typing import NDArray
 
-from kpmatch_ros.bags import recording
+from kpmatch_ros.bags import Bag
 from kpmatch_ros.bags.archive import Settings, claimed, find_bags, jobs_for, replay_one
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.cli.bag import BAG_OPTIONS
@@ -173,7 +173,6 @@ def test_a_bag_stays_done_if_its_worker_died_after_finishing_it(
         (job,) = jobs_for([bag], bag.parent, tmp_path / "out", unfinished)
         first = replay_one(job, settings)
         monkeypatch.setattr("yaml.safe_load", lambda text: pytest.fail("this takes longer than all else"))
-        recording._parsed.cache_clear()  # noqa: SLF001
         assert first["state"] == "done" and replay_one(job, settings) == first
 
 
@@ -183,7 +182,7 @@ from kpmatch_ros.bags import archive
 from kpmatch_ros.cli import main
 choose = archive.choose_cameras
 def choose_cameras(bag, *words):
-    if bag.name.startswith("deadly"):
+    if bag.path.name.startswith("deadly"):
         os.kill(os.getpid(), signal.SIGKILL)
     return choose(bag, *words)
 archive.choose_cameras = choose_cameras
@@ -232,8 +231,8 @@ def test_an_interrupted_run_writes_the_table_of_finished_bags(
     for name in ("a", "b", "c"):
         write_camera_bag(tmp_path / "in" / name, views[:3], stamps(3), demo_camera(*SIZE))
 
-    def stopped_at_b(bag: Path, *words: Any, **options: Any) -> Any:
-        return stop() if bag.name == "b" else replay(bag, *words, **options)
+    def stopped_at_b(bag: Bag, *words: Any, **options: Any) -> Any:
+        return stop() if bag.path.name == "b" else replay(bag, *words, **options)
 
     def no_space(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -32,6 +32,7 @@ from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.bags import (
+    Bag,
     BagWriter,
     bag_storage,
     bag_topics,
@@ -329,7 +330,8 @@ def test_the_only_calibration_of_a_bag_is_not_used_for_another_camera(
     assert "have the frame_id 'other', but their camera_info has 'one'" in err, (
         "it was chosen explicitly, so there is only a warning"
     )
-    assert choose_camera(tmp_path / "in", "/one/image").camera_info == "/one/camera_info"
+    with Bag(tmp_path / "in") as opened:
+        assert choose_camera(opened, "/one/image").camera_info == "/one/camera_info"
 
 
 @pytest.mark.parametrize("image", ["/eye/image_raw/compressed", "/eye/compressed_image"])
@@ -341,7 +343,8 @@ def test_the_calibration_beside_compressed_images_is_found(
         bag.write(image, image_message(views[0], FIRST, "eye", "mono8", "png"), FIRST)
         for name in ("/eye/camera_info", "/other/camera_info"):
             bag.write(name, camera_info_message(camera, FIRST, "eye"), FIRST)
-    assert choose_camera(tmp_path / "in").camera_info == "/eye/camera_info"
+    with Bag(tmp_path / "in") as opened:
+        assert choose_camera(opened).camera_info == "/eye/camera_info"
 
 
 def test_without_calibration_there_are_matches_but_no_poses(

@@ -14,7 +14,7 @@ from bag_harness import FIRST, QUICK, Run, bag_command, by_topic, differences, h
 from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags import BagWriter, bag_topics, new_message, read_ground_truth, read_messages
+from kpmatch_ros.bags import Bag, BagWriter, bag_topics, new_message, read_ground_truth, read_messages
 from kpmatch_ros.bags.cameras import choose_stereo_cameras
 from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 from kpmatch_ros.messages import nanoseconds
@@ -267,11 +267,12 @@ def bag_with_topics(path: Path, *topics: str) -> Path:
 )
 def test_a_stereo_pair_is_recognised_by_its_topic_names(tmp_path: Path, left: str, right: str) -> None:
     infos = [f"{topic.rsplit('/', 1)[0]}/camera_info" for topic in (left, right)]
-    bag = bag_with_topics(tmp_path / "in", right, left, "/colour/image", *infos)
-    found = choose_stereo_cameras(bag)
-    assert [camera.image for camera in found] == [left, right]
-    assert [camera.camera_info for camera in found] == infos
-    assert choose_stereo_cameras(bag, right=right)[0].image == left
+    path = bag_with_topics(tmp_path / "in", right, left, "/colour/image", *infos)
+    with Bag(path) as bag:
+        found = choose_stereo_cameras(bag)
+        assert [camera.image for camera in found] == [left, right]
+        assert [camera.camera_info for camera in found] == infos
+        assert choose_stereo_cameras(bag, right=right)[0].image == left
 
 
 def test_topics_must_be_given_if_left_and_right_cannot_be_recognised(run: Run, tmp_path: Path) -> None:
@@ -286,7 +287,8 @@ def test_topics_must_be_given_if_left_and_right_cannot_be_recognised(run: Run, t
         tmp_path / "four", "/left/image_raw", "/right/image_raw", "/left/image_rect", "/right/image_rect"
     )
     assert "2 pairs of topics may be a left and a right camera" in refused(run(bag, target, "--mode", "stereo"))
-    assert choose_stereo_cameras(bag, left="/left/image_raw")[1].image == "/right/image_raw"
+    with Bag(bag) as opened:
+        assert choose_stereo_cameras(opened, left="/left/image_raw")[1].image == "/right/image_raw"
 
 
 def test_topics_of_the_other_mode_are_refused(run: Run, stereo_bag: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from bag_harness import QUICK, by_topic
 from rosbags.rosbag2 import Reader
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags import BagWriter, new_message, read_messages
+from kpmatch_ros.bags import Bag, BagWriter, new_message, read_messages
 from kpmatch_ros.bags.cameras import choose_cameras
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.front_end import FrontEnd
@@ -267,7 +267,8 @@ def test_no_odometry_chain_starts_before_the_camera_transform_is_known(robot_bag
         mode="stereo", rectified=True, publish_odometry=True, base_frame="base_link",
         device="cpu", precision="float32", matcher="nearest", max_keypoints=256,
     )  # fmt: skip
-    cameras = choose_cameras(robot_bag, "stereo", {})
+    with Bag(robot_bag) as bag:
+        cameras = choose_cameras(bag, "stereo", {})
     found: list[tuple[str, Any]] = []
     pipeline = Pipeline(
         FrontEnd(parameters), [camera.image for camera in cameras], lambda *message: found.append(message),

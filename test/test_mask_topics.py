@@ -18,7 +18,7 @@ from test_masks import left_third, under
 from test_pipeline import image, make
 
 from kpmatch_ros import pipeline as pipeline_module
-from kpmatch_ros.bags import BagWriter, camera_info_message, image_message, new_message
+from kpmatch_ros.bags import Bag, BagWriter, camera_info_message, image_message, new_message
 from kpmatch_ros.frames import Result
 from kpmatch_ros.pipeline import Pipeline
 from kpmatch_ros.sync.mask_sync import MaskSynchroniser
@@ -489,12 +489,9 @@ def test_a_mask_topic_beside_an_image_topic_is_not_taken_for_a_camera(run: Run, 
     with BagWriter(tmp_path / "bag") as writer:
         for number, topic in enumerate(("/left/image", "/left/mask", "/right/image", "/right/mask", "/alone/mask")):
             writer.write(topic, new_message("sensor_msgs/msg/Image"), number)
-    left, right = choose_stereo_cameras(tmp_path / "bag")
-    assert (left.image, left.mask, right.image, right.mask) == (
-        "/left/image",
-        "/left/mask",
-        "/right/image",
-        "/right/mask",
-    )
-    assert choose_camera(tmp_path / "bag", "/left/mask").mask == ""
-    assert choose_camera(tmp_path / "bag", "/left/image", mask_topic="/alone/mask").mask == "/alone/mask"
+    with Bag(tmp_path / "bag") as bag:
+        left, right = choose_stereo_cameras(bag)
+        topics = (left.image, left.mask, right.image, right.mask)
+        assert topics == ("/left/image", "/left/mask", "/right/image", "/right/mask")
+        assert choose_camera(bag, "/left/mask").mask == ""
+        assert choose_camera(bag, "/left/image", mask_topic="/alone/mask").mask == "/alone/mask"

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.tracks import epipolar, offsets, project
 from kpmatch_ros import FeatureMatcher
-from kpmatch_ros.bags import read_messages
+from kpmatch_ros.bags import Bag, read_messages
 from kpmatch_ros.bags.cameras import choose_cameras
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
@@ -73,7 +73,9 @@ def test_only_tracks_that_are_keypoints_of_the_previous_frame_are_counted(
     epipolar(bag, matcher)
     lines = [re.findall(r"(\d+)%", line) for line in capsys.readouterr().out.splitlines()]
     said = [int(shares[1]) for shares in lines if len(shares) == 2 and shares]
-    topics, front_end = choose_cameras(bag, "mono", {})[0], FrontEnd(matcher.parameters, matcher)
+    with Bag(bag) as opened:
+        topics = choose_cameras(opened, "mono", {})[0]
+    front_end = FrontEnd(matcher.parameters, matcher)
     camera = Camera.from_camera_info(next(read_messages(bag, [topics.camera_info])).message, rectified=False)
     shares, carried = [], 0
     for i, record in enumerate(read_messages(bag, [topics.image])):

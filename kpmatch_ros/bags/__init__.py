@@ -9,6 +9,14 @@ makes a message of any type, including this package's types, with every field ze
     for topic, type_name, stamp, message in read_messages("out"):
         ...
 
+A `Bag` is opened once and read several times. That saves time with large bags without an index, and with bags that are
+compressed as a whole:
+
+    with Bag("drive.mcap.zstd") as bag:
+        info = next(bag.messages(["/camera/camera_info"]))
+        for topic, type_name, stamp, message in bag.messages(["/camera/image_raw"]):
+            ...
+
 ROS 2 Humble and later can play the bags that are written (metadata version 8). Bags of all distributions up to Kilted
 can be read, with or without message definitions in the bag. A bag that cannot be read raises BagError.
 """
@@ -25,10 +33,12 @@ from kpmatch_ros.bags.message_types import (
 )
 from kpmatch_ros.bags.reading import (
     GROUND_TRUTH,
+    Bag,
     Record,
     Topic,
     bag_storage,
     bag_topics,
+    ground_truth,
     image_topics,
     read_ground_truth,
     read_messages,
@@ -40,6 +50,7 @@ __all__ = [
     "CAMERA_INFO_TYPE",
     "GROUND_TRUTH",
     "IMAGE_TYPES",
+    "Bag",
     "BagError",
     "BagWriter",
     "Encoding",
@@ -50,6 +61,7 @@ __all__ = [
     "bag_storage",
     "bag_topics",
     "camera_info_message",
+    "ground_truth",
     "image_message",
     "image_topics",
     "new_message",

@@ -28,7 +28,8 @@ from typing import Any
 import kpmatch_ros
 from kpmatch_ros.bags.archive_table import TABLES, Row
 from kpmatch_ros.bags.cameras import UnsuitableError, choose_cameras
-from kpmatch_ros.bags.recording import BagError, OutputError, has_stored_name, is_unfinished, stored_files
+from kpmatch_ros.bags.reading import Bag
+from kpmatch_ros.bags.recording import BagError, ChangedError, OutputError, has_stored_name, is_unfinished, stored_files
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.source_files import named_files
 from kpmatch_ros.weights import WeightsError, file_hash
@@ -368,6 +369,13 @@ class _NotKept(Exception):
     """The result cannot be kept, although the bag is not broken. The text says why, and what to do."""
 
 
+def _changed(bag: Path) -> _NotKept:
+    return _NotKept(
+        f"{bag}: changed while it was read, for example because it is still being copied; when it is complete, run the "
+        "same command again"
+    )
+
+
 def replay_one(job: Job, settings: Settings) -> Row:
     """Replay a bag, and return its row. The target appears, with its figures, only when the whole replay is done.
 
@@ -417,8 +425,8 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
             if os.path.lexists(place) and ((place == job.target and before is None) or not place.is_dir()):
                 raise BagError(f"{place}: exists, and kpmatch archive did not make it; remove it")
         source = _source(job.source)
-        cameras = choose_cameras(job.source, settings.parameters.mode, settings.topics)
-        with tempfile.TemporaryDirectory(dir=job.unfinished) as folder:
+        with Bag(job.source) as bag, tempfile.TemporaryDirectory(dir=job.unfinished) as folder:
+            cameras = choose_cameras(bag, settings.parameters.mode, settings.topics)
             beside = Path(folder) / "bag" / job.target.name  # in bag/: the name may be poses.txt or report.html
             beside.parent.mkdir()
             poses = Path(folder) / "poses.txt" if settings.poses else None
@@ -432,20 +440,19 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
             device, precision = choose_runtime(settings.parameters)
             try:
                 report = replay(
-                    job.source, beside, cameras, settings.parameters,
+                    bag, beside, cameras, settings.parameters,
                     features=settings.features, match_image=settings.match_image, landmarks=settings.landmarks,
                     poses=poses, page=page,
                 )  # fmt: skip
                 for file in filter(None, (poses, page)):
                     os.replace(file, beside / file.name)
+            except ChangedError as error:
+                raise _changed(job.source) from error
             except BagError as error:  # its text names temporary paths
                 text = str(error).replace(str(beside), str(job.target)).replace(folder, str(job.target))
                 raise type(error)(text) from error
             if _source(job.source) != source:
-                raise _NotKept(
-                    f"{job.source}: changed while it was read, for example because it is still being copied; when "
-                    "it is complete, run the same command again"
-                )
+                raise _changed(job.source)
             figures = report.figures()
             whole = row | {name: figures.get(name) for name in _FIGURES}
             whole |= {"state": "done", "message": "; ".join(report.faults), "recorded": round(report.recorded, 3)}

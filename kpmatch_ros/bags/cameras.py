@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from posixpath import dirname, join
 
 from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES
-from kpmatch_ros.bags.reading import Topic, bag_damage, bag_topics
+from kpmatch_ros.bags.reading import Bag, Topic
 from kpmatch_ros.bags.recording import BagError
 
 __all__ = ["CameraTopics", "UnsuitableError", "choose_camera", "choose_cameras", "choose_stereo_cameras"]
@@ -38,7 +37,7 @@ class CameraTopics:
     mask: str = ""
 
 
-def choose_cameras(bag: Path, mode: str, topics: Mapping[str, str | None]) -> tuple[CameraTopics, ...]:
+def choose_cameras(bag: Bag, mode: str, topics: Mapping[str, str | None]) -> tuple[CameraTopics, ...]:
     """The camera of a bag; in mode stereo, the left and the right camera.
 
     Args:
@@ -49,18 +48,18 @@ def choose_cameras(bag: Path, mode: str, topics: Mapping[str, str | None]) -> tu
 
     Raises:
         UnsuitableError: a topic is not in the bag, or there is no topic or more than one to choose from.
-        BagError: the bag cannot be read.
+        BagError: the same, but the topics may be in a part of the bag that is damaged.
     """
     try:
         return choose_stereo_cameras(bag, **topics) if mode == "stereo" else (choose_camera(bag, **topics),)
     except UnsuitableError as error:
-        if damage := bag_damage(bag):  # the topics may be in the damaged part
-            raise BagError("; ".join([str(error), *damage])) from error
+        if bag.damage:
+            raise BagError("; ".join([str(error), *bag.damage])) from error
         raise
 
 
 def choose_camera(
-    bag: Path, image: str | None = None, camera_info: str | None = None, mask_topic: str | None = None
+    bag: Bag, image: str | None = None, camera_info: str | None = None, mask_topic: str | None = None
 ) -> CameraTopics:
     """The camera of a bag. Topics that are not given are chosen if there is only one candidate.
 
@@ -75,7 +74,7 @@ def choose_camera(
     images = topics if image is not None else _without_masks(topics)
     if image is None and len(images) > 1 and _pairs(images):
         raise UnsuitableError(
-            f"{bag}: has {len(images)} image topics, choose one with --image, or a stereo pair with --left "
+            f"{bag.path}: has {len(images)} image topics, choose one with --image, or a stereo pair with --left "
             f"and --right: {_names(images)}"
         )
     chosen = _named_or_only(bag, images, image, "image", "--image")
@@ -88,7 +87,7 @@ def choose_camera(
 
 
 def choose_stereo_cameras(
-    bag: Path,
+    bag: Bag,
     left: str | None = None,
     right: str | None = None,
     left_info: str | None = None,
@@ -117,11 +116,11 @@ def choose_stereo_cameras(
     if len(pairs) != 1:
         why = f"{len(pairs)} pairs of topics may be" if pairs else "no two topics are named like"
         raise UnsuitableError(
-            f"{bag}: {why} a left and a right camera; name them with --left and --right: {_names(images)}"
+            f"{bag.path}: {why} a left and a right camera; name them with --left and --right: {_names(images)}"
         )
     (pair,) = pairs
     if pair[0] == pair[1]:
-        raise UnsuitableError(f"{bag}: --left and --right are both {pair[0].name}; stereo needs two cameras")
+        raise UnsuitableError(f"{bag.path}: --left and --right are both {pair[0].name}; stereo needs two cameras")
     first, second = (
         CameraTopics(
             image.name,
@@ -134,17 +133,16 @@ def choose_stereo_cameras(
     return first, second
 
 
-def _candidates(bag: Path) -> tuple[list[Topic], list[Topic], list[Topic]]:
+def _candidates(bag: Bag) -> tuple[list[Topic], list[Topic], list[Topic]]:
     """The topics with images (at least one), those with calibrations, and those that may hold masks."""
-    topics = bag_topics(bag)
     images: dict[str, Topic] = {}  # one topic may hold both raw and compressed images
-    for topic in topics:
+    for topic in bag.topics:
         if topic.type in IMAGE_TYPES:
             before = images[topic.name].num_messages if topic.name in images else 0
             images[topic.name] = topic._replace(num_messages=before + topic.num_messages)
     if not images:
-        raise UnsuitableError(f"{bag}: has no image topic with messages in it")
-    infos = [topic for topic in topics if topic.type == CAMERA_INFO_TYPE]
+        raise UnsuitableError(f"{bag.path}: has no image topic with messages in it")
+    infos = [topic for topic in bag.topics if topic.type == CAMERA_INFO_TYPE]
     return list(images.values()), infos, [topic for topic in images.values() if topic.type == IMAGE_TYPES[0]]
 
 
@@ -165,7 +163,7 @@ def _are_sides(one: str, other: str, left: str, right: str) -> bool:
     return re.fullmatch(f"(?:{left}|{right})".join(map(re.escape, one.split(left))), other) is not None
 
 
-def _beside(bag: Path, image: Topic, topics: list[Topic], kind: str, name: str | None, option: str) -> str:
+def _beside(bag: Bag, image: Topic, topics: list[Topic], kind: str, name: str | None, option: str) -> str:
     """The topic with the camera_info or mask of an image topic: the named one, else the one beside it, else ""."""
     if name is not None:
         return _named_or_only(bag, topics, name, kind, option).name
@@ -187,18 +185,18 @@ def _names(topics: list[Topic]) -> str:
     return ", ".join(topic.name for topic in topics)
 
 
-def _named_or_only(bag: Path, candidates: list[Topic], name: str | None, what: str, option: str) -> Topic:
+def _named_or_only(bag: Bag, candidates: list[Topic], name: str | None, what: str, option: str) -> Topic:
     if not candidates:
-        raise UnsuitableError(f"{bag}: has no {what} topic with messages in it")
+        raise UnsuitableError(f"{bag.path}: has no {what} topic with messages in it")
     if name is None:
         if len(candidates) > 1:
             raise UnsuitableError(
-                f"{bag}: has {len(candidates)} {what} topics, choose one with {option}: {_names(candidates)}"
+                f"{bag.path}: has {len(candidates)} {what} topics, choose one with {option}: {_names(candidates)}"
             )
         return candidates[0]
     for topic in candidates:
         if topic.name.lstrip("/") == name.lstrip("/"):
             return topic
     raise UnsuitableError(
-        f"{bag}: {option} {name}: there is no such {what} topic with messages in it; there is {_names(candidates)}"
+        f"{bag.path}: {option} {name}: there is no such {what} topic with messages in it; there is {_names(candidates)}"
     )

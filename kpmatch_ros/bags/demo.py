@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpmatch_ros.bags.message_types import image_message, pose_message
-from kpmatch_ros.bags.reading import GROUND_TRUTH, read_ground_truth, read_messages
+from kpmatch_ros.bags.reading import GROUND_TRUTH, Bag, ground_truth
 from kpmatch_ros.bags.recording import bag_information
 from kpmatch_ros.bags.writing import BagWriter
 from kpmatch_ros.geometry.pose import Pose
@@ -49,9 +49,10 @@ class DemoFrame(NamedTuple):
 
 def demo_frames(count: int) -> Iterator[DemoFrame]:
     """Yield `count` frames of the walk. If the bag holds fewer, the camera walks back and forth."""
-    stamps, poses = read_ground_truth(DEMO_BAG)
-    infos = {record.stamp: record.message for record in read_messages(DEMO_BAG, [INFO_TOPIC])}
-    images = {record.stamp: record.message for record in read_messages(DEMO_BAG, [f"{IMAGE_TOPIC}/compressed"])}
+    with Bag(DEMO_BAG) as bag:
+        stamps, poses = ground_truth(bag)
+        infos = {record.stamp: record.message for record in bag.messages([INFO_TOPIC])}
+        images = {record.stamp: record.message for record in bag.messages([f"{IMAGE_TOPIC}/compressed"])}
     recorded = [
         DemoFrame(stamp, to_array(images[stamp]), infos[stamp], pose) for stamp, pose in zip(stamps.tolist(), poses)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +16,18 @@ from rosbags.typesys.store import Typestore
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, POSE_TYPE, TF_TYPE, typestore
-from kpmatch_ros.bags.recording import BagError, Recording, Storage, explained, with_remedy
+from kpmatch_ros.bags.recording import BagError, Raw, Recording, Storage, explained, with_remedy
 from kpmatch_ros.bags.storage import Definition, in_seconds
 from kpmatch_ros.geometry.pose import Pose
 
 __all__ = [
     "GROUND_TRUTH",
+    "Bag",
     "Record",
     "Topic",
     "bag_storage",
     "bag_topics",
+    "ground_truth",
     "image_topics",
     "read_ground_truth",
     "read_messages",
@@ -52,78 +54,80 @@ class Topic(NamedTuple):
     num_messages: int
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Recording]:
-    """Open a bag for reading: a folder, or a bare .mcap or .db3 file, which may be compressed (.zstd).
+class Bag:
+    """An open bag: a folder, or a bare .mcap or .db3 file, which may be compressed (.zstd). It is a context manager.
+
+    Opening reads the index. A file that is compressed as a whole is decompressed to a temporary file, which `close`
+    removes. The bag can be read any number of times, also at the same time: no reading affects another one.
+
+    Attributes:
+        path: of the bag.
+        storage: format of its files.
+        topics: the topics that hold messages, sorted by name.
+        damage: the damage that is found when the bag is opened, before its messages are read, in words.
 
     Raises:
         BagError: the bag cannot be read, or it holds no messages in ROS 2's encoding.
     """
-    if not path.exists():
-        raise BagError(f"{path}: there is no such bag")
-    if not path.is_dir() and path.suffix == ".bag":
-        raise BagError(f"{path}: is a ROS 1 bag; rosbags-convert --src {path} --dst FOLDER converts it to ROS 2")
-    if not path.is_dir() and not (path.is_file() and path.name.removesuffix(".zstd").endswith((".mcap", ".db3"))):
-        raise BagError(f"{path}: is not a bag; give a bag's folder, or a .mcap or .db3 file, which may end in .zstd")
-    with explained(path):
-        recording = Recording(path)
-    try:
-        if not recording.counts.total():
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
+        if not path.exists():
+            raise BagError(f"{path}: there is no such bag")
+        if not path.is_dir() and path.suffix == ".bag":
+            raise BagError(f"{path}: is a ROS 1 bag; rosbags-convert --src {path} --dst FOLDER converts it to ROS 2")
+        if not path.is_dir() and not (path.is_file() and path.name.removesuffix(".zstd").endswith((".mcap", ".db3"))):
+            raise BagError(
+                f"{path}: is not a bag; give a bag's folder, or a .mcap or .db3 file, which may end in .zstd"
+            )
+        with explained(path):
+            self._recording = recording = Recording(path)
+        self.storage: Storage = recording.storage
+        self.damage = recording.findings.damage
+        self.topics = sorted(Topic(topic, kind, count) for (topic, kind), count in recording.counts.items() if count)
+        if not self.topics:
+            self.close()
             foreign = ", ".join(f"{topic} ({encoding})" for topic, encoding in sorted(recording.foreign.items()))
             only = f" in the encoding of ROS 2, only {foreign}" if foreign else ""
-            raise BagError("; ".join([f"{path}: the bag holds no messages{only}", *recording.findings.damage]))
-        yield recording
-    finally:
+            raise BagError("; ".join([f"{path}: the bag holds no messages{only}", *self.damage]))
+
+    def __enter__(self) -> Bag:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the temporary files."""
         with suppress(Exception):
-            recording.close()
+            self._recording.close()
 
+    def raw_messages(self, topics: Collection[str]) -> Iterator[Raw]:
+        """Yield the messages on some topics as they are stored. What cannot be read is left out. Raises BagError."""
+        with explained(self.path):
+            yield from self._recording.messages(topics, self._recording.findings.copy())
 
-def bag_topics(path: str | Path) -> list[Topic]:
-    """The topics of a bag that hold messages, sorted by name. Raises BagError."""
-    with _opened(Path(path)) as recording:
-        return sorted(Topic(topic, kind, count) for (topic, kind), count in recording.counts.items() if count)
+    def messages(
+        self,
+        topics: Collection[str] | Mapping[str, Collection[str]] | None = None,
+        remarks: list[str] | None = None,
+    ) -> Iterator[Record]:
+        """Yield the messages, or those on some topics, in the order of recording.
 
+        If the bag is split into several files, they are read one after the other, as `ros2 bag play` does.
 
-def bag_damage(path: str | Path) -> list[str]:
-    """The damage that is found when a bag is opened, before its messages are read, in words. Raises BagError."""
-    with _opened(Path(path)) as recording:
-        return recording.findings.damage
+        Args:
+            topics: to read; all if not given. A mapping gives the types that are wanted on each topic; messages of
+                other types are left out.
+            remarks: list that receives what is odd about the bag, in words, once the last message is read: topics and
+                messages that were left out, damage, up to where an unfinished recording goes, and message counts that
+                differ from those in the metadata or the index.
 
-
-def image_topics(path: str | Path) -> list[Topic]:
-    """The topics with raw or compressed images that hold messages, sorted by name. Raises BagError."""
-    return [topic for topic in bag_topics(path) if topic.type in IMAGE_TYPES]
-
-
-def bag_storage(path: str | Path) -> Storage:
-    """The storage format of a bag. Raises BagError."""
-    with _opened(Path(path)) as recording:
-        return recording.storage
-
-
-def read_messages(
-    path: str | Path,
-    topics: Collection[str] | Mapping[str, Collection[str]] | None = None,
-    remarks: list[str] | None = None,
-) -> Iterator[Record]:
-    """Yield the messages of a bag, or of some of its topics, in the order of recording.
-
-    If the bag is split into several files, they are read one after the other, as `ros2 bag play` does.
-
-    Args:
-        path: of the bag.
-        topics: to read; all if not given. A mapping gives the types that are wanted on each topic; messages of other
-            types are left out.
-        remarks: list that receives what is odd about the bag, in words, once the last message is read: topics and
-            messages that were left out, damage, up to where an unfinished recording goes, and message counts that
-            differ from those in the metadata or the index.
-
-    Raises:
-        BagError: nothing can be read, or a topic is missing. Without `remarks`, also if a part of the bag is damaged or
-            a message cannot be decoded.
-    """
-    path = Path(path)
-    with _opened(path) as recording:
+        Raises:
+            BagError: nothing can be read, or a topic is missing. Without `remarks`, also if a part of the bag is
+                damaged or a message cannot be decoded.
+        """
+        path, recording = self.path, self._recording
         known = {topic for topic, _ in recording.counts}
         if topics is not None and (missing := [topic for topic in topics if topic not in known]):
             foreign = [f"; the messages on {topic} are in the encoding {recording.foreign[topic]}" for topic in missing
@@ -132,26 +136,11 @@ def read_messages(
                 f"{path}: has no topic {', '.join(missing)}; it has {', '.join(sorted(known))}{''.join(foreign)}"
             )
         wanted = known if topics is None else set(topics)
-        findings = recording.findings.copy()
         types = topics if isinstance(topics, Mapping) else {}
+        findings = recording.findings.copy()
         left_out: Counter[str] = Counter()
         reasons: dict[str, str] = {}  # why a message was left out: the first reason of each topic
-        stores: dict[str, Typestore] = {}
-        for topic, kind in recording.counts:
-            if topic not in wanted or kind not in types.get(topic, [kind]):
-                continue
-            if kind not in stores:
-                with explained(path, f"the definition of {kind} cannot be used"):
-                    stores[kind], why = _store_for(kind, recording.definitions.get(kind))
-                if why:
-                    findings.remarks.append(
-                        f"{kind}: was decoded with this package's definition, because the bag's definition {why}"
-                    )
-            if kind not in stores[kind].types:
-                raise BagError(
-                    f"{path}: {topic} has the type {kind}, which neither this package nor the bag defines; "
-                    "leave that topic out"
-                )
+        stores = self._stores(wanted, types, findings.remarks)
         raw = recording.messages(wanted, findings)
         nothing = wanted == known
         while True:
@@ -184,6 +173,61 @@ def read_messages(
                 total = sum(count for (name, _), count in recording.counts.items() if name == topic)
                 new.append(f"{topic}: {left_out[topic]} of {total} messages were left out; the first one {reason}")
             remarks += [remark for remark in new if remark not in remarks]
+
+    def _stores(
+        self, wanted: Collection[str], types: Mapping[str, Collection[str]], remarks: list[str]
+    ) -> dict[str, Typestore]:
+        """What decodes the messages on some topics, by type. See :meth:`messages` for the types.
+
+        Remarks say where a definition in the bag was not used.
+
+        Raises:
+            BagError: a definition is missing or cannot be used.
+        """
+        stores: dict[str, Typestore] = {}
+        for topic, kind in self._recording.counts:
+            if topic not in wanted or kind not in types.get(topic, [kind]):
+                continue
+            if kind not in stores:
+                with explained(self.path, f"the definition of {kind} cannot be used"):
+                    stores[kind], why = _store_for(kind, self._recording.definitions.get(kind))
+                if why:
+                    remarks.append(
+                        f"{kind}: was decoded with this package's definition, because the bag's definition {why}"
+                    )
+            if kind not in stores[kind].types:
+                raise BagError(
+                    f"{self.path}: {topic} has the type {kind}, which neither this package nor the bag defines; "
+                    "leave that topic out"
+                )
+        return stores
+
+
+def bag_topics(path: str | Path) -> list[Topic]:
+    """The topics of a bag that hold messages, sorted by name. Raises BagError."""
+    with Bag(path) as bag:
+        return bag.topics
+
+
+def image_topics(path: str | Path) -> list[Topic]:
+    """The topics with raw or compressed images that hold messages, sorted by name. Raises BagError."""
+    return [topic for topic in bag_topics(path) if topic.type in IMAGE_TYPES]
+
+
+def bag_storage(path: str | Path) -> Storage:
+    """The storage format of a bag. Raises BagError."""
+    with Bag(path) as bag:
+        return bag.storage
+
+
+def read_messages(
+    path: str | Path,
+    topics: Collection[str] | Mapping[str, Collection[str]] | None = None,
+    remarks: list[str] | None = None,
+) -> Iterator[Record]:
+    """Open a bag and yield its messages, see :meth:`Bag.messages`. It is closed after the last one. Raises BagError."""
+    with Bag(path) as bag:
+        yield from bag.messages(topics, remarks)
 
 
 def _store_for(kind: str, definition: Definition | None) -> tuple[Typestore, str]:
@@ -244,18 +288,24 @@ def _absent_types(store: Typestore, kind: str) -> list[str]:
     return list(dict.fromkeys(absent))
 
 
-def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDArray[np.int64], list[Pose]]:
+def ground_truth(bag: Bag, topic: str = GROUND_TRUTH) -> tuple[NDArray[np.int64], list[Pose]]:
     """Read stamps (N,) in nanoseconds, and N poses of the camera in the world, from a geometry_msgs/PoseStamped topic.
 
     Each pose is that of the optical frame: x_world = rotation x_camera + position. Raises BagError.
     """
     stamps, poses = [], []
-    for _, type_name, _, message in read_messages(path, [topic]):
+    for _, type_name, _, message in bag.messages([topic]):
         if type_name != POSE_TYPE:
-            raise BagError(f"{path}: {topic} has the type {type_name} instead of {POSE_TYPE}")
+            raise BagError(f"{bag.path}: {topic} has the type {type_name} instead of {POSE_TYPE}")
         position, q = message.pose.position, message.pose.orientation
         stamps.append(message.header.stamp.sec * 10**9 + message.header.stamp.nanosec)
         poses.append(
             Pose(Rotation.from_quat([q.x, q.y, q.z, q.w]).as_matrix(), np.array([position.x, position.y, position.z]))
         )
     return np.array(stamps, np.int64), poses
+
+
+def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDArray[np.int64], list[Pose]]:
+    """Open a bag and read its ground truth, see :func:`ground_truth`. Raises BagError."""
+    with Bag(path) as bag:
+        return ground_truth(bag, topic)

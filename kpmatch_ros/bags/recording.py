@@ -8,7 +8,6 @@ so.
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import re
 import shlex
@@ -346,7 +345,8 @@ def bag_information(file: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     try:
-        tree = _parsed(file.read_text(encoding="utf-8"))
+        # Not libyaml's faster loader, because deeply nested text makes it crash.
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError:
         raise
     except Exception as error:  # PyYAML raises many types, for example for a value unlike its tag or for deep nesting
@@ -403,12 +403,6 @@ def own_files(folder: Path) -> list[Path]:
 
 def _file_names(content: dict[str, Any]) -> list[str]:
     return [PurePath(name).name for name in _list(content, "relative_file_paths") if isinstance(name, str)]
-
-
-@functools.lru_cache(maxsize=1)
-def _parsed(text: str) -> Any:
-    """Parse YAML text. It is cached: a bag is opened several times, and parsing a thousand topics takes a second."""
-    return yaml.safe_load(text)  # not libyaml's faster loader, because deeply nested text makes it crash
 
 
 def _list(content: dict[str, Any], key: str) -> list[Any]:

@@ -20,7 +20,7 @@ from kpmatch_ros.bags.cameras import CameraTopics
 from kpmatch_ros.bags.html_report import HtmlReport
 from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, TF_TYPE, new_message
 from kpmatch_ros.bags.origin import origin
-from kpmatch_ros.bags.reading import bag_storage, bag_topics, read_messages
+from kpmatch_ros.bags.reading import Bag
 from kpmatch_ros.bags.readout import ReadoutSearch
 from kpmatch_ros.bags.recording import BagError, OutputError, encodable, is_recording
 from kpmatch_ros.bags.report import Report
@@ -51,7 +51,7 @@ class _Waiting(NamedTuple):
 
 
 def replay(
-    bag: Path,
+    bag: Bag,
     out: Path,
     cameras: tuple[CameraTopics, ...],
     parameters: Parameters,
@@ -105,7 +105,7 @@ def replay(
             raise BagError(f"{out}: cannot be written: {error.strerror}; choose another name") from error
     if out.exists() or out.is_symlink():
         raise BagError(f"{out}: exists already; remove it or choose another name")
-    if bag.resolve() in out.resolve().parents:
+    if bag.path.resolve() in out.resolve().parents:
         raise BagError(f"{out}: lies in the bag that is read; choose another place")
     files = [path for path in (poses, page, rerun) if path is not None]
     for path in (out, *files):
@@ -115,7 +115,7 @@ def replay(
     if rerun is not None:
         RerunRecording.check_installed()
     for path in files:
-        _check_place(path, bag, out)
+        _check_place(path, bag.path, out)
         if [each.resolve() for each in files].count(path.resolve()) > 1:
             raise BagError(
                 f"{path}: is named for two of the poses, the report and the Rerun recording; choose another name"
@@ -128,15 +128,15 @@ def replay(
             None if path is None else stack.enter_context(_whole_or_not(path)) for path in (poses, page, rerun)
         )
         folder = stack.enter_context(_whole_or_not(out))
-        notes = origin(bag, cameras, front_end.parameters, front_end.matcher)
-        writer = stack.enter_context(BagWriter(folder, bag_storage(bag), notes=notes))
+        notes = origin(bag.path, cameras, front_end.parameters, front_end.matcher)
+        writer = stack.enter_context(BagWriter(folder, bag.storage, notes=notes))
         trajectory = Trajectory(None if text is None else stack.enter_context(text.open("w")))
         asked = {"features": features, "landmarks": landmarks, "match_image": match_image}
         wanted = {"/tf", *(topic for topic, given in asked.items() if given)}
         for topic, type_name in _outputs(parameters, wanted).items():
             writer.declare(topic, type_name)
         recording = None
-        title = encodable(f"Matches of {bag.resolve().name}")
+        title = encodable(f"Matches of {bag.path.resolve().name}")
         if file is not None:
             recording = stack.enter_context(RerunRecording(file, title, metric=stereo))
         search = ReadoutSearch(parameters) if readout else None
@@ -151,7 +151,7 @@ def replay(
                 "the bag declares them, but none can be read",
             ]
             raise BagError(
-                f"{bag}: none of the {sum(camera.num_images for camera in cameras)} images on {topics} can "
+                f"{bag.path}: none of the {sum(camera.num_images for camera in cameras)} images on {topics} can "
                 f"be used: {next(filter(None, why))}"
             )
         for camera, option in zip(cameras, _INFO_OPTIONS[parameters.mode]):
@@ -198,7 +198,7 @@ def _check_place(file: Path, bag: Path, out: Path) -> None:
 
 
 def _process(
-    bag: Path,
+    bag: Bag,
     cameras: tuple[CameraTopics, ...],
     front_end: FrontEnd,
     writer: BagWriter,
@@ -222,17 +222,17 @@ def _process(
         if camera.camera_info:
             infos.setdefault(camera.camera_info, []).append(side)
             # Images that were recorded before the first calibration use that one.
-            first = next(read_messages(bag, {camera.camera_info: [CAMERA_INFO_TYPE]}, []), None)
+            first = next(bag.messages({camera.camera_info: [CAMERA_INFO_TYPE]}, []), None)
             if first is None:
                 report.faults.append(
-                    f"{bag}: declares messages on {camera.camera_info}, but holds none that can be read"
+                    f"{bag.path}: declares messages on {camera.camera_info}, but holds none that can be read"
                 )
             else:
                 pipeline.add_info(side, first.message)
     places = front_end.parameters.publish_odometry or front_end.parameters.base_frame
-    if places and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
+    if places and any(topic.name == _TF_STATIC for topic in bag.topics):
         odd: list[str] = []
-        for record in read_messages(bag, {_TF_STATIC: [TF_TYPE]}, odd):
+        for record in bag.messages({_TF_STATIC: [TF_TYPE]}, odd):
             pipeline.transforms.update(record.message)
         # Remarks about the whole bag come when the images are read, so only those about this topic are kept.
         report.remarks += [remark for remark in odd if remark.startswith(f"{_TF_STATIC}: ")]
@@ -286,7 +286,7 @@ def _process(
     started = time.perf_counter()
     # disable=None: no progress bar if stderr is not a terminal
     with tqdm(total=cameras[0].num_images, desc="frames", unit="frame", disable=None, leave=False) as bar:
-        for topic, _, recorded_at, message in read_messages(bag, wanted_types, report.remarks):
+        for topic, _, recorded_at, message in bag.messages(wanted_types, report.remarks):
             advance_clock(recorded_at)
             for side in infos.get(topic, ()):
                 pipeline.add_info(side, message)

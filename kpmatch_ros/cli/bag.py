@@ -137,25 +137,25 @@ def add_replay_options(parser: Parser) -> None:
 
 
 def _bag(options: argparse.Namespace) -> int:
-    from kpmatch_ros.bags import BagError
+    from kpmatch_ros.bags import Bag, BagError
     from kpmatch_ros.bags.cameras import choose_cameras
 
     parameters = replay_parameters(options)
     if options.readout and parameters.mode == "stereo":
         raise CommandError("--readout: works with one camera only; name it with --image")
-    source = options.source
     outputs = {"--poses": options.poses, "--report": options.report, "--rerun": options.rerun}
     check_outputs(outputs, [options.params], parameters)
     try:
-        cameras = choose_cameras(source, parameters.mode, chosen_topics(options, parameters))
-        # Imported here, because PyTorch takes seconds to load: a bag that cannot be read is refused before that.
-        from kpmatch_ros.bags.replay import replay
+        with Bag(options.source) as bag:
+            cameras = choose_cameras(bag, parameters.mode, chosen_topics(options, parameters))
+            # Imported here, because PyTorch takes seconds to load: a bag that cannot be read is refused before that.
+            from kpmatch_ros.bags.replay import replay
 
-        report = replay(
-            source, options.target, cameras, parameters, poses=options.poses, page=options.report,
-            rerun=options.rerun, features=options.features, match_image=options.match_image,
-            landmarks=options.landmarks, readout=options.readout,
-        )  # fmt: skip
+            report = replay(
+                bag, options.target, cameras, parameters, poses=options.poses, page=options.report,
+                rerun=options.rerun, features=options.features, match_image=options.match_image,
+                landmarks=options.landmarks, readout=options.readout,
+            )  # fmt: skip
     except BagError as error:
         raise CommandError(str(error)) from error
     for fault in report.faults:

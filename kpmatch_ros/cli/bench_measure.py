@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import kpmatch_ros
-from kpmatch_ros.bags import BagError, image_message, image_topics, read_messages
+from kpmatch_ros.bags import IMAGE_TYPES, Bag, BagError, image_message
 from kpmatch_ros.bags.cameras import choose_camera
 from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.cli.bench import Request
@@ -205,21 +205,21 @@ def _pictures(folder: Path, count: int) -> list[Image]:
     return [read_image(path) for path in paths[:count]]
 
 
-def _recorded(bag: Path, topic: str, count: int, rectified: bool) -> Film:
+def _recorded(path: Path, topic: str, count: int, rectified: bool) -> Film:
     try:
-        topics = [each.name for each in image_topics(bag)]
-        if not topic and len(topics) != 1:
-            known = ", ".join(topics) or "none"
-            raise CommandError(f"--bag {bag}: has {len(topics)} topics with images ({known}): choose with --image")
-        chosen = choose_camera(bag, topic or topics[0])
-        records = itertools.islice(read_messages(bag, [chosen.image]), count)
-        images = [np.ascontiguousarray(to_array(record.message)) for record in records]
-        infos = read_messages(bag, [chosen.camera_info]) if chosen.camera_info else iter(())
-        info = next(infos, None)
+        with Bag(path) as bag:
+            topics = [each.name for each in bag.topics if each.type in IMAGE_TYPES]
+            if not topic and len(topics) != 1:
+                known = ", ".join(topics) or "none"
+                raise CommandError(f"--bag {path}: has {len(topics)} topics with images ({known}): choose with --image")
+            chosen = choose_camera(bag, topic or topics[0])
+            records = itertools.islice(bag.messages([chosen.image]), count)
+            images = [np.ascontiguousarray(to_array(record.message)) for record in records]
+            info = next(bag.messages([chosen.camera_info]), None) if chosen.camera_info else None
     except (BagError, ImageError) as error:
         raise CommandError(str(error)) from error
     if len(images) < 2:
-        raise CommandError(f"--bag {bag}: holds {len(images)} images on {chosen.image}; a pair needs two")
+        raise CommandError(f"--bag {path}: holds {len(images)} images on {chosen.image}; a pair needs two")
     return Film(images, None if info is None else _calibration(info.message, _size(images[0]), rectified))
 
 

@@ -252,20 +252,19 @@ def _executable() -> list[str]:
 # The recording
 
 
-def _read_bag(bag: Path) -> tuple[list[RecordedFrame], dict[int, Pose]]:
+def _read_bag(path: Path) -> tuple[list[RecordedFrame], dict[int, Pose]]:
     """The recorded frames, serialised, and the camera's ground-truth poses by stamp."""
-    from kpmatch_ros.bags import read_ground_truth
+    from kpmatch_ros.bags import Bag, ground_truth
     from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
-    from kpmatch_ros.bags.recording import Recording
     from kpmatch_ros.ros.player import RecordedFrame
 
     images: dict[int, bytes] = {}
     infos: dict[int, bytes] = {}
     recorded = {IMAGE_TOPIC: images, INFO_TOPIC: infos}
-    with contextlib.closing(Recording(bag)) as recording:
-        for raw in recording.messages(recorded, recording.findings.copy()):
+    with Bag(path) as bag:
+        for raw in bag.raw_messages(recorded):
             recorded[raw.topic][raw.stamp] = raw.content()  # the record time is the stamp of the image
-    stamps, poses = read_ground_truth(bag)
+        stamps, poses = ground_truth(bag)
     frames = [RecordedFrame(stamp, infos[stamp], images[stamp]) for stamp in sorted(images)]
     return frames, dict(zip(stamps.tolist(), poses))
 
