@@ -54,9 +54,10 @@ def check_features(features: Features, name: str, descriptor_size: int, most: in
             f"{name}: there are {count} features, more than max_keypoints ({most}): matching them would delay the "
             "frames; keep fewer, or raise max_keypoints"
         )
-    outside = (found.keypoints < -0.5) | (found.keypoints > np.array([width, height]) - 0.5)
+    keypoints = np.asarray(found.keypoints)
+    outside = (keypoints < -0.5) | (keypoints > np.array([width, height]) - 0.5)
     if outside.any():
-        x, y = found.keypoints[outside.any(axis=1)][0]
+        x, y = keypoints[outside.any(axis=1)][0]
         raise FeatureError(f"{name}: the point ({x:g}, {y:g}) is outside of the image of {width} x {height} pixels")
     lengths = np.linalg.norm(np.asarray(found.descriptors, np.float64), axis=1)
     if (abs(lengths - 1) > _UNIT).any():

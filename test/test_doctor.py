@@ -139,16 +139,19 @@ def test_messages_of_another_version_are_a_fault(monkeypatch: pytest.MonkeyPatch
     assert finding.level == FAIL and "99.0.0" in finding.text and "colcon build" in finding.remedy
 
 
+@pytest.mark.parametrize("externally_managed", [False, True], ids=["pip may install", "pip may not install"])
 def test_a_node_that_ros2_run_starts_without_pytorch_is_a_fault(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, externally_managed: bool
 ) -> None:
+    monkeypatch.setattr(doctor, "is_externally_managed", lambda: externally_managed)
     bare = tmp_path / "python3"  # first on PATH, like the system's Python if no virtual environment is active
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     finding = findings(doctor.check_ros)["node"]
     assert finding.level == FAIL and str(bare) in finding.text and "torch" in finding.text
-    assert "activate" in finding.remedy and f"{bare} -m pip install" in finding.remedy
+    assert "activate" in finding.remedy
+    assert (f"{bare} -m pip install" in finding.remedy) != externally_managed
 
 
 def test_damaged_weights_are_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_the_code_in_front_end_md_makes_a_factor_with_the_messages_pose_and_cova
     assert names["factor"].error(values) == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(["relative_pose", "matches", "stereo_matches"]))
+@pytest.mark.parametrize("order", list(itertools.permutations(["relative_pose", "matches", "stereo_matches"])))
 def test_messages_of_a_frame_may_come_in_any_order(order: tuple[str, ...]) -> None:
     slam, world = new_slam(), World()
     messages = {"stereo_matches": world.stereo(1), **world.pair(0, 1)}

@@ -20,15 +20,30 @@ __all__ = ["BagWriter"]
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Turn any error of the writers into a BagError; those of the disk into an OutputError."""
+def _written(path: Path, file: Path | None = None) -> Iterator[None]:
+    """Turn any error of the writers into a BagError; those of the disk into an OutputError.
+
+    Args:
+        path: of the bag.
+        file: that holds its messages, once it is open. If it is missing, the error says so, whatever the writer says.
+    """
     try:
         with explained(path, "cannot be written"):
-            yield
+            try:
+                yield
+            except Exception as error:  # SQLite of 2024 and later: "attempt to write a readonly database"
+                _check_present(file, error)
+                raise
+            _check_present(file)
     except BagError as error:
         if isinstance(error.__cause__, (OSError, sqlite3.OperationalError)):
             raise OutputError(str(error)) from error
         raise
+
+
+def _check_present(file: Path | None, cause: Exception | None = None) -> None:
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"{file.name}, which holds its messages, is missing") from cause
 
 
 class _Writer(Writer):
@@ -89,9 +104,8 @@ class BagWriter:
 
     def close(self) -> None:
         """Finish the bag. Only this writes its metadata."""
-        with _written(self.path):
-            storage = self._writer.storage
-            file = None if storage is None else storage.path
+        storage = self._writer.storage
+        with _written(self.path, None if storage is None else storage.path):
             try:
                 self._writer.close()
             except BaseException:
@@ -99,8 +113,6 @@ class BagWriter:
                     with suppress(Exception):
                         storage.abort()
                 raise
-            if file is not None and not file.is_file():
-                raise FileNotFoundError(f"{file.name}, which holds its messages, is missing")
 
     def __enter__(self) -> BagWriter:
         return self
