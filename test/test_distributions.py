@@ -14,7 +14,6 @@ import pytest
 from domain_coordinator import domain_id
 
 rclpy = pytest.importorskip("rclpy")
-from rclpy.event_handler import EventHandler, UnsupportedEventTypeError  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 
 from kpmatch_ros.ros import qos  # noqa: E402
@@ -39,9 +38,9 @@ def node() -> Iterator[Any]:
 
 
 def test_the_node_works_with_a_middleware_without_events(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def create_event_handlers(self: Any, group: Any, entity: Any, topic: str) -> list[EventHandler]:
+    def create_event_handlers(self: Any, group: Any, entity: Any, topic: str) -> list[Any]:
         if self.incompatible_qos is not None or self.use_default_callbacks:
-            raise UnsupportedEventTypeError("as rclpy of Humble does")
+            raise qos.UnsupportedEventTypeError("as rclpy of Humble does")
         return []
 
     for kind in (qos.SubscriptionEventCallbacks, qos.PublisherEventCallbacks):
