@@ -6,6 +6,7 @@ empty by default, so the parameter file decides. Unknown arguments are refused.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any
 
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.actions import DeclareLaunchArgument, ExecuteLocal, OpaqueFunction
 from launch.events.process import ProcessExited
 from launch.logging import get_logger
 from launch_ros.actions import LifecycleNode, Node
@@ -357,6 +358,11 @@ def start(context: LaunchContext) -> list[Node]:
     retries = value_of("respawn_max_retries", int, given["respawn_max_retries"])
     # Humble's launch does not have this argument, so it is passed only if requested.
     limit = {"respawn_max_retries": retries} if respawn and retries >= 0 else {}
+    if limit and not set(limit) <= set(inspect.signature(ExecuteLocal.__init__).parameters):
+        raise RuntimeError(
+            f"argument respawn_max_retries is {retries}, but the launch of this ROS distribution restarts a node "
+            "without a limit; leave it out, or set respawn:=false"
+        )
     required = is_true(given["required"]) if given["required"] else bool(launched())
     ends = 0
 

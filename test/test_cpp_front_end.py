@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 rclpy = pytest.importorskip("rclpy")
 
@@ -31,7 +32,7 @@ from kpmatch_ros.geometry.pose import PoseStatus  # noqa: E402
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose  # noqa: E402
 from node_harness import running_node  # noqa: E402
 
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Pixels = NDArray[np.uint8]
 Program = Callable[[type, bytes], "subprocess.CompletedProcess[str]"]
 
 

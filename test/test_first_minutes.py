@@ -68,9 +68,12 @@ def test_a_shell_completes_commands_and_options(line: str, expected: list[str], 
     pytest.importorskip("argcomplete")
     answers = tmp_path / "answers"
     asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SUPPRESS_SPACE": "0",
-             "_ARGCOMPLETE_STDOUT_FILENAME": str(answers), "COMP_LINE": line, "COMP_POINT": str(len(line)),
+             "COMP_LINE": line, "COMP_POINT": str(len(line)),
              "COMP_TYPE": "9"}  # fmt: skip
-    subprocess.run([sys.executable, "-m", "kpmatch_ros.cli"], env={**os.environ, **asked}, check=True, timeout=60)
+    completion = 'exec "$0" -m kpmatch_ros.cli 8> "$1" 9> /dev/null'  # descriptors of argcomplete, of old versions too
+    subprocess.run(
+        ["sh", "-c", completion, sys.executable, answers], env={**os.environ, **asked}, check=True, timeout=60
+    )
     assert answers.read_text().split("\n") == expected
 
 

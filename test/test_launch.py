@@ -5,6 +5,7 @@ The launch file is really run, see launch_harness.py.
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ rclpy = pytest.importorskip("rclpy")
 
 from ament_index_python.packages import PackageNotFoundError, get_package_share_directory  # noqa: E402
 from launch import LaunchContext, LaunchDescription, LaunchService  # noqa: E402
-from launch.actions import DeclareLaunchArgument, RegisterEventHandler  # noqa: E402
+from launch.actions import DeclareLaunchArgument, ExecuteLocal, RegisterEventHandler  # noqa: E402
 from launch.event_handlers import OnProcessExit, OnProcessStart  # noqa: E402
 from launch.launch_description_sources import get_launch_description_from_python_launch_file  # noqa: E402
 from launch_harness import SHARE, LaunchedNode, include, isolated_launch, launched, run  # noqa: E402, F401  (a fixture)
@@ -395,7 +396,26 @@ def test_the_exit_status_of_the_launch_reports_a_required_node_that_failed(requi
 
 
 def test_a_respawned_node_ends_the_launch_after_its_last_retry() -> None:
+    if not has_retries():
+        pytest.skip("this launch has no limit of retries")
     assert exit_status("required:=true", "respawn:=true", "respawn_max_retries:=1") == (1, 2)
+
+
+def test_a_limit_of_retries_is_refused_if_launch_has_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if has_retries():  # as in Humble
+
+        def without(self: ExecuteLocal, *, respawn: bool = False, respawn_delay: float | None = None) -> None:
+            pass
+
+        monkeypatch.setattr(ExecuteLocal, "__init__", without)
+    assert exit_status("respawn:=true", "respawn_max_retries:=1") == (1, 0)
+    assert "without a limit; leave it out" in "".join(capsys.readouterr())
+
+
+def has_retries() -> bool:
+    return "respawn_max_retries" in inspect.signature(ExecuteLocal.__init__).parameters
 
 
 def test_the_launch_file_does_not_import_torch(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def test_a_full_disk_is_reported_with_the_file_and_no_output_is_left(
 def test_an_output_bag_created_by_another_program_is_reported_and_no_other_output_is_left(
     frames: list[Any], tmp_path: Path, kpmatch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("plotly")
     with BagWriter(tmp_path / "in") as bag:
         for stamp, message in zip(stamps(3), frames):
             bag.write("/image", message, stamp)
@@ -218,8 +219,8 @@ def write_frames(frames: list[Any], path: Path) -> None:
 def test_a_pipe_or_device_is_not_replaced_by_a_file(
     frames: list[Any], tmp_path: Path, kpmatch: Run, option: str
 ) -> None:
-    if option == "--rerun":
-        pytest.importorskip("rerun")
+    if option != "--poses":
+        pytest.importorskip({"--report": "plotly", "--rerun": "rerun"}[option])
     write_frames(frames, tmp_path / "in")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")  # as /dev/stdout links to a pipe

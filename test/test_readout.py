@@ -89,7 +89,7 @@ def test_the_result_is_explained_in_words(found: Readout | None, words: str, mon
 
 
 def test_kpmatch_bag_estimates_the_readout_time_on_request(kpmatch: Run, tmp_path: Path) -> None:
-    status, out, _ = kpmatch("bag", DEMO_BAG, tmp_path / "out", *QUICK, "--max-keypoints", "100", "--readout", "--json")
+    status, out, _ = kpmatch("bag", DEMO_BAG, tmp_path / "out", *QUICK, "--max-keypoints", "400", "--readout", "--json")
     assert status == 0 and json.loads(out)["readout"]["pairs"] == 10  # of twelve frames
     rows = kpmatch("bag", DEMO_BAG, tmp_path / "few", *QUICK, "--min-inliers", "257", "--readout")[1].splitlines()
     assert any(line.startswith("readout") and "not known: fewer than 10 pairs" in line for line in rows)

@@ -1,4 +1,7 @@
-"""Makes the scripts of training/ importable. Import this module first. Without that folder, the tests are skipped."""
+"""Makes the scripts of training/ importable. Import this module first.
+
+Without that folder, or with an old OpenCV, the tests are skipped.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 if not TRAINING.is_dir():
     pytest.skip("training/ is not installed with the package", allow_module_level=True)
+if not hasattr(cv2, "IMWRITE_JPEG_SAMPLING_FACTOR"):
+    pytest.skip(f"training/ needs OpenCV 4.8 or later, not {cv2.__version__}", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
 
 

@@ -371,13 +371,14 @@ def check_ros() -> Iterator[Finding]:
         yield Finding(FAIL, "middleware", f"{wanted} does not load: {_first_line(answers['rmw']['error'])}", remedy)
     else:
         yield Finding(OK, "middleware", answers["rmw"]["value"])
-    if "error" in answers["start"]:
+    fault = domain_fault(int(domain), answers["rmw"].get("value", "")) if str(domain).lstrip("-").isdecimal() else ""
+    if fault:
+        yield Finding(FAIL, "start", f"no node can start: {fault}", "set ROS_DOMAIN_ID to an allowed value")
+    elif "error" in answers["start"]:
         remedy = (
             "correct what this error names; if it is the logs, set ROS_LOG_DIR to a folder that this user may write to"
         )
         yield Finding(FAIL, "start", f"ROS cannot start: {_first_line(answers['start']['error'])}", remedy)
-    elif fault := domain_fault(domain, answers["rmw"].get("value", "")):
-        yield Finding(FAIL, "start", f"no node can start: {fault}", "set ROS_DOMAIN_ID to an allowed value")
     yield _messages(answers)
     yield _converter(answers["converter"])
     yield _executable(answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from contextlib import suppress
 import rclpy
 
 from kpmatch_ros.parameters import declarations
+from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.shell import matcher_in_shell
 
 __all__ = ["THREAD_NAME", "answer_to", "ignore_signals", "shut_down", "told_to_end", "why_ros_cannot_start"]
@@ -30,6 +32,10 @@ _SHUTDOWN_WAIT = 1.0  # seconds that rclpy's signal thread may take to shut ROS 
 
 def why_ros_cannot_start(error: Exception) -> str:
     """Explain an exception of `rclpy.init`, with a remedy if one is known."""
+    domain = os.environ.get("ROS_DOMAIN_ID", "")
+    # Fast DDS fails later, when the first node is created. Cyclone DDS on Humble fails here, without naming the domain.
+    if domain.isdecimal() and (fault := domain_fault(int(domain), rclpy.get_rmw_implementation_identifier())):
+        return f"{fault}; set it to one of these"
     if "log directory" in str(error):  # for example, a system service without a writable home folder
         return f"ROS cannot start: {error}; set ROS_LOG_DIR to a folder that this user may write to"
     return f"ROS cannot start with these arguments: {error}"

@@ -85,7 +85,9 @@ public:
     auto options = rmw_get_zero_initialized_init_options();
     check(rmw_init_options_init(&options, allocator_), "options");
     options.enclave = rcutils_strdup("/", allocator_);
+#if __has_include("rmw/discovery_options.h")
     options.discovery_options.automatic_discovery_range = RMW_AUTOMATIC_DISCOVERY_RANGE_LOCALHOST;
+#endif  // Humble has no ranges of discovery
     const char * domain = std::getenv("ROS_DOMAIN_ID");
     options.domain_id = domain == nullptr ? 0 : std::stoul(domain);
     check(rmw_init(&options, &context_), "init");
