@@ -188,7 +188,9 @@ def _ros_domain() -> Iterator[int]:
             except OSError:
                 continue
             os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
-            if os.environ.get("ROS_DISTRO") == "humble":  # it does not know the range; later versions warn about this
+            # Humble does not know the range, and later versions warn about this variable. Cyclone DDS fails if its own
+            # configuration selects an interface too.
+            if os.environ.get("ROS_DISTRO") == "humble" and "CYCLONEDDS_URI" not in os.environ:
                 os.environ["ROS_LOCALHOST_ONLY"] = "1"
             yield domain
             return
