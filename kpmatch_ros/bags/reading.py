@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,32 +141,35 @@ class Bag:
         left_out: Counter[str] = Counter()
         reasons: dict[str, str] = {}  # why a message was left out: the first reason of each topic
         stores = self._stores(wanted, types, findings.remarks)
-        raw = recording.messages(wanted, findings)
         nothing = wanted == known
-        while True:
-            with explained(path):
-                found = next(raw, None)
-            unsaid = remarks is None or (found is None and nothing)
-            if unsaid and (damage := findings.damage):
-                raise BagError(f"{path}: cannot be read: {with_remedy(damage[0], path)}")
-            if found is None:
-                break
-            nothing = False
-            if found.type not in types.get(found.topic, [found.type]):
-                what = f"has the type {found.type}, not {' or '.join(types[found.topic])}"
-                left_out[found.topic] += 1
-                reasons.setdefault(found.topic, f"at {in_seconds(found.stamp)} {what}")
-                continue
-            try:
-                with explained(path, f"a message on {found.topic} at {in_seconds(found.stamp)} cannot be decoded"):
-                    message = stores[found.type].deserialize_cdr(found.content(), found.type)
-            except BagError as error:
-                if remarks is None:
-                    raise
-                left_out[found.topic] += 1
-                reasons.setdefault(found.topic, f"at {in_seconds(found.stamp)} cannot be decoded: {error.__cause__}")
-                continue
-            yield Record(found.topic, found.type, found.stamp, message)
+        # Closed explicitly: the traceback of an undecodable message may keep this frame, and with it an open file.
+        with closing(recording.messages(wanted, findings)) as raw:
+            while True:
+                with explained(path):
+                    found = next(raw, None)
+                unsaid = remarks is None or (found is None and nothing)
+                if unsaid and (damage := findings.damage):
+                    raise BagError(f"{path}: cannot be read: {with_remedy(damage[0], path)}")
+                if found is None:
+                    break
+                nothing = False
+                if found.type not in types.get(found.topic, [found.type]):
+                    what = f"has the type {found.type}, not {' or '.join(types[found.topic])}"
+                    left_out[found.topic] += 1
+                    reasons.setdefault(found.topic, f"at {in_seconds(found.stamp)} {what}")
+                    continue
+                try:
+                    with explained(path, f"a message on {found.topic} at {in_seconds(found.stamp)} cannot be decoded"):
+                        message = stores[found.type].deserialize_cdr(found.content(), found.type)
+                except BagError as error:
+                    if remarks is None:
+                        raise
+                    left_out[found.topic] += 1
+                    reasons.setdefault(
+                        found.topic, f"at {in_seconds(found.stamp)} cannot be decoded: {error.__cause__}"
+                    )
+                    continue
+                yield Record(found.topic, found.type, found.stamp, message)
         if remarks is not None:
             new = findings.damage + findings.remarks  # the cause comes before its consequences
             for topic, reason in reasons.items():

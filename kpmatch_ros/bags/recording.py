@@ -15,7 +15,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
@@ -182,7 +182,7 @@ class Recording:
         """Remove the temporary files that were decompressed."""
         self._stack.close()
 
-    def messages(self, topics: Collection[str], findings: Findings) -> Iterator[Raw]:
+    def messages(self, topics: Collection[str], findings: Findings) -> Generator[Raw, None, None]:
         """Yield the messages on some topics: file by file, and within a file in the order of recording.
 
         Args:
