@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from rclpy.duration import Duration
@@ -54,12 +55,14 @@ class ManagerBond:
         if bond is not None:
             try:
                 bond.shutdown()
-                bond.pub.wait_for_all_acked(_LAST_MESSAGE_WAIT)  # the publisher's end discards what has not arrived
+                with suppress(InvalidHandle):  # bondpy has destroyed it already (Humble)
+                    bond.pub.wait_for_all_acked(_LAST_MESSAGE_WAIT)  # the publisher's end discards what has not arrived
             except (InvalidHandle, RuntimeError):
                 if self._node.context.ok():
                     raise  # otherwise the context is shut down: nothing can be sent, and the manager's timeout applies
-            self._node.destroy_subscription(bond.sub)  # bondpy does not destroy subscription and publisher
-            self._node.destroy_publisher(bond.pub)
+            finally:  # the node still knows them, and Humble's executor fails on what bondpy destroyed
+                self._node.destroy_subscription(bond.sub)
+                self._node.destroy_publisher(bond.pub)
 
     def _on_broken(self) -> None:
         if self._bond is not None:
