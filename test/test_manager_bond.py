@@ -55,13 +55,14 @@ def change(node: NodeUnderTest, transition: str) -> None:
 
 
 @pytest.fixture
-def fake_bondpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the node find the substitute for bondpy."""
+def fake_bondpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the node find the substitute for bondpy. Returns its file."""
     package = tmp_path / "modules" / "bondpy"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "bondpy.py").write_text(FAKE_BONDPY)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
+    return package / "bondpy.py"
 
 
 @pytest.mark.usefixtures("fake_bondpy")
@@ -84,6 +85,21 @@ def test_a_managed_node_has_a_bond_under_its_name_while_it_is_active(tmp_path: P
             assert not heard
         change(node, "activate")
         node.wait_for(lambda: heard, "heartbeats")
+        assert node.stop() == 0, node.log
+
+
+def test_a_bondpy_that_destroys_its_publisher_does_not_disturb_the_transitions(
+    fake_bondpy: Path, tmp_path: Path
+) -> None:
+    fake_bondpy.write_text(FAKE_BONDPY + "        self.pub.destroy()\n")  # as bondpy 4.0 does
+    with running_node(tmp_path, autostart=False, bond_heartbeat_period=0.05, matcher="nearest", **SMALL) as node:
+        node.wait_for(node.is_discovered, "the node")
+        change(node, "configure")
+        for _ in range(2):
+            change(node, "activate")
+            node.spin(0.3)
+            change(node, "deactivate")
+        change(node, "cleanup")
         assert node.stop() == 0, node.log
 
 
