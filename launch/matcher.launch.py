@@ -358,7 +358,7 @@ def start(context: LaunchContext) -> list[Node]:
     retries = value_of("respawn_max_retries", int, given["respawn_max_retries"])
     # Humble's launch does not have this argument, so it is passed only if requested.
     limit = {"respawn_max_retries": retries} if respawn and retries >= 0 else {}
-    if limit and not set(limit) <= set(inspect.signature(ExecuteLocal.__init__).parameters):
+    if limit and "respawn_max_retries" not in inspect.signature(ExecuteLocal.__init__).parameters:
         raise RuntimeError(
             f"argument respawn_max_retries is {retries}, but the launch of this ROS distribution restarts a node "
             "without a limit; leave it out, or set respawn:=false"

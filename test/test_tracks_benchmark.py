@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
+from two_view_scenes import OPENCV
 
 from benchmarks.tracks import epipolar, offsets, project
 from kpmatch_ros import FeatureMatcher
@@ -50,7 +50,7 @@ def test_a_point_of_a_slanted_plane_has_one_true_position() -> None:
     points = random_points()
     own = 1 / (np.c_[(points - (159.5, 119.5)) / 300, np.ones(len(points))] @ normal)
     places, _ = project(points, view, after, CAMERA)
-    exact = 1e-3 if cv2.__version__ >= "5" else 5e-3  # OpenCV 4 rounds the places of cv2.remap to 1/32 pixel
+    exact = 1e-3 if OPENCV >= (5,) else 5e-3  # OpenCV 4 rounds the places of cv2.remap to 1/32 pixel
     assert np.abs(places - positions_after_step(points, own)).max() < exact
     beside = positions_after_step(points, own) + (0.03, -0.04)
     np.testing.assert_allclose(np.linalg.norm(offsets(beside, places), axis=1), 0.05, atol=exact)

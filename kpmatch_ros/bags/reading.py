@@ -97,6 +97,11 @@ class Bag:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def image_topics(self) -> list[Topic]:
+        """The topics with raw or compressed images."""
+        return [topic for topic in self.topics if topic.type in IMAGE_TYPES]
+
     def close(self) -> None:
         """Remove the temporary files."""
         with suppress(Exception):
@@ -214,7 +219,8 @@ def bag_topics(path: str | Path) -> list[Topic]:
 
 def image_topics(path: str | Path) -> list[Topic]:
     """The topics with raw or compressed images that hold messages, sorted by name. Raises BagError."""
-    return [topic for topic in bag_topics(path) if topic.type in IMAGE_TYPES]
+    with Bag(path) as bag:
+        return bag.image_topics
 
 
 def bag_storage(path: str | Path) -> Storage:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import kpmatch_ros
-from kpmatch_ros.bags import IMAGE_TYPES, Bag, BagError, image_message
+from kpmatch_ros.bags import Bag, BagError, image_message
 from kpmatch_ros.bags.cameras import choose_camera
 from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.cli.bench import Request
@@ -208,7 +208,7 @@ def _pictures(folder: Path, count: int) -> list[Image]:
 def _recorded(path: Path, topic: str, count: int, rectified: bool) -> Film:
     try:
         with Bag(path) as bag:
-            topics = [each.name for each in bag.topics if each.type in IMAGE_TYPES]
+            topics = [each.name for each in bag.image_topics]
             if not topic and len(topics) != 1:
                 known = ", ".join(topics) or "none"
                 raise CommandError(f"--bag {path}: has {len(topics)} topics with images ({known}): choose with --image")

@@ -371,8 +371,7 @@ def check_ros() -> Iterator[Finding]:
         yield Finding(FAIL, "middleware", f"{wanted} does not load: {_first_line(answers['rmw']['error'])}", remedy)
     else:
         yield Finding(OK, "middleware", answers["rmw"]["value"])
-    fault = domain_fault(int(domain), answers["rmw"].get("value", "")) if str(domain).lstrip("-").isdecimal() else ""
-    if fault:
+    if fault := domain_fault(domain, answers["rmw"].get("value", "")):
         yield Finding(FAIL, "start", f"no node can start: {fault}", "set ROS_DOMAIN_ID to an allowed value")
     elif "error" in answers["start"]:
         remedy = (

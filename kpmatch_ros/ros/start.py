@@ -32,9 +32,8 @@ _SHUTDOWN_WAIT = 1.0  # seconds that rclpy's signal thread may take to shut ROS 
 
 def why_ros_cannot_start(error: Exception) -> str:
     """Explain an exception of `rclpy.init`, with a remedy if one is known."""
-    domain = os.environ.get("ROS_DOMAIN_ID", "")
     # Fast DDS fails later, when the first node is created. Cyclone DDS on Humble fails here, without naming the domain.
-    if domain.isdecimal() and (fault := domain_fault(int(domain), rclpy.get_rmw_implementation_identifier())):
+    if fault := domain_fault(os.environ.get("ROS_DOMAIN_ID", ""), rclpy.get_rmw_implementation_identifier()):
         return f"{fault}; set it to one of these"
     if "log directory" in str(error):  # for example, a system service without a writable home folder
         return f"ROS cannot start: {error}; set ROS_LOG_DIR to a folder that this user may write to"
