@@ -81,7 +81,10 @@ def student_factor(gradients: np.ndarray) -> float:
     inverse has a Wishart distribution. Gradients with heavy tails count less, by their kurtosis (Mardia, Biometrika
     1970).
     """
-    size = len(gradients)
+    size, largest = len(gradients), np.abs(gradients).max(initial=0.0)
+    if largest < TINY:  # exact matches; the squares would underflow
+        return 1.0
+    gradients = gradients / largest
     shares = (gradients * (np.linalg.pinv(gradients @ gradients.T, hermitian=True) @ gradients)).sum(axis=0)
     worth = size * (size + 2) / max(float(shares @ shares), TINY)
     return worth / max(worth - size - 1, worth / 4)
