@@ -60,9 +60,9 @@ def compare(ours: Alignment, numpys: Alignment, at_least: int) -> None:
     for name, tolerance in (("points", 1e-3 + loose), ("shapes", 1e-4 + loose / 2), ("correlation", 1e-3 + loose / 2)):
         difference = np.abs(getattr(ours, name) - getattr(numpys, name))[good]
         assert np.percentile(difference, share) < tolerance, name
-    # The sigmas result from differences of large sums of squares.
+    # The sigmas result from differences of large sums of squares. An AMD EPYC without AVX-512 needs 0.032 at the edge.
     difference = np.abs(ours.sigmas / numpys.sigmas - 1)[good]
-    assert np.percentile(difference, share) < 0.03 + 4 * loose
+    assert np.percentile(difference, share) < 0.05 + 4 * loose
 
 
 @needed
