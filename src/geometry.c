@@ -11,7 +11,7 @@
 #include "geometry.h"
 
 /* Increase this with each change of a function's arguments or meaning. compiled.py loads no other version. */
-#define VERSION 6
+#define VERSION 7
 
 int kpmatch_version(void) { return VERSION; }
 

@@ -161,12 +161,12 @@ INLINE void essential_changes(const Motion *motion, double (*changes)[9])
     }
 }
 
-/* _by_essential, for one match: its Sampson distance, and the vectors of its derivatives by the essential matrix. */
+/* Epipolar lines of one match, and its algebraic distance from them. */
 typedef struct {
-    double residual, first_x, first_y, first_z, second_x, second_y;
-} ByEssential;
+    double line0_x, line0_y, line1_x, line1_y, distance;
+} Lines;
 
-INLINE ByEssential by_essential(const Matches *matches, ptrdiff_t i, const double *essential)
+INLINE Lines lines_of(const Matches *matches, ptrdiff_t i, const double *essential)
 {
     const ptrdiff_t n = matches->count;
     const double x0 = matches->rays0[i], y0 = matches->rays0[n + i], z0 = matches->rays0[2 * n + i];
@@ -176,17 +176,42 @@ INLINE ByEssential by_essential(const Matches *matches, ptrdiff_t i, const doubl
     const double line0_z = essential[6] * x1 + essential[7] * y1 + essential[8] * z1;
     const double line1_x = essential[0] * x0 + essential[3] * y0 + essential[6] * z0;
     const double line1_y = essential[1] * x0 + essential[4] * y0 + essential[7] * z0;
+    return (Lines){line0_x, line0_y, line1_x, line1_y, x0 * line0_x + y0 * line0_y + z0 * line0_z};
+}
+
+/* _by_essential, for one match: its Sampson distance, and the vectors of its derivatives by the essential matrix. */
+typedef struct {
+    double residual, first_x, first_y, first_z, second_x, second_y;
+} ByEssential;
+
+INLINE ByEssential by_essential(const Matches *matches, ptrdiff_t i, const double *essential)
+{
+    const ptrdiff_t n = matches->count;
+    const Lines at = lines_of(matches, i, essential);
+    const double *rays0 = matches->rays0 + i, *noise0 = matches->noise0 + i, *noise1 = matches->noise1 + i;
+    const double moved0_x = noise0[0] * at.line0_x + noise0[n] * at.line0_y;
+    const double moved0_y = noise0[n] * at.line0_x + noise0[2 * n] * at.line0_y;
+    const double moved1_x = noise1[0] * at.line1_x + noise1[n] * at.line1_y;
+    const double moved1_y = noise1[n] * at.line1_x + noise1[2 * n] * at.line1_y;
+    const double variance = at_least(
+        at.line0_x * moved0_x + at.line0_y * moved0_y + (at.line1_x * moved1_x + at.line1_y * moved1_y), TINY);
+    const double precision = 1 / sqrt(variance), residual = at.distance * precision, weight = residual / variance;
+    return (ByEssential){
+        residual, rays0[0] * precision - moved0_x * weight, rays0[n] * precision - moved0_y * weight,
+        rays0[2 * n] * precision, moved1_x * weight, moved1_y * weight};
+}
+
+/* Squared Sampson distance of one match. */
+INLINE double squared_distance(const Matches *matches, ptrdiff_t i, const double *essential)
+{
+    const ptrdiff_t n = matches->count;
+    const Lines at = lines_of(matches, i, essential);
     const double *noise0 = matches->noise0 + i, *noise1 = matches->noise1 + i;
-    const double moved0_x = noise0[0] * line0_x + noise0[n] * line0_y;
-    const double moved0_y = noise0[n] * line0_x + noise0[2 * n] * line0_y;
-    const double moved1_x = noise1[0] * line1_x + noise1[n] * line1_y;
-    const double moved1_y = noise1[n] * line1_x + noise1[2 * n] * line1_y;
-    const double variance =
-        at_least(line0_x * moved0_x + line0_y * moved0_y + (line1_x * moved1_x + line1_y * moved1_y), TINY);
-    const double precision = 1 / sqrt(variance);
-    const double residual = (x0 * line0_x + y0 * line0_y + z0 * line0_z) * precision, weight = residual / variance;
-    return (ByEssential){residual,       x0 * precision - moved0_x * weight, y0 * precision - moved0_y * weight,
-                         z0 * precision, moved1_x * weight,                  moved1_y * weight};
+    const double variance0 = (noise0[0] * at.line0_x + 2 * noise0[n] * at.line0_y) * at.line0_x;
+    const double variance1 = (noise1[0] * at.line1_x + 2 * noise1[n] * at.line1_y) * at.line1_x;
+    const double variance = variance0 + noise0[2 * n] * at.line0_y * at.line0_y +
+                            (variance1 + noise1[2 * n] * at.line1_y * at.line1_y);
+    return at.distance * at.distance / at_least(variance, TINY);
 }
 
 /* project_turned, for one match. */

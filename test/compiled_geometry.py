@@ -16,7 +16,7 @@ from kpmatch_ros.geometry import compiled
 ROOT = Path(__file__).resolve().parent.parent
 _NAMES = (
     *("geometry.h", "two_view.h"),
-    *("flow.c", "geometry.c", "lens.c", "points.c", "structure.c", "two_view.c", "two_view_profile.c"),
+    *("five_point.c", "flow.c", "geometry.c", "lens.c", "points.c", "structure.c", "two_view.c", "two_view_profile.c"),
 )
 SOURCES = [ROOT / "src" / name for name in _NAMES]
 

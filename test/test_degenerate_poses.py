@@ -168,7 +168,7 @@ def test_the_cutoff_keeps_half_of_the_matches_if_one_residual_component_is_zero(
     moved = points + np.column_stack([residuals[0], np.zeros(100)])
     pose = estimate_relative_pose(points, moved, CAMERA, CAMERA, keypoint_resolution=0.0)
     two_view_scenes.check(pose, 100)
-    assert pose.status is PoseStatus.NO_TRANSLATION and pose.covariance[5, 5] > 0
+    assert pose.status is PoseStatus.FAILED  # all matches are on one line
 
 
 # Combinations of all of these

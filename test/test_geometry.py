@@ -19,7 +19,6 @@ from two_view_scenes import (
     DEPTH_CAMERA,
     DRONE,
     FISHEYE,
-    SEEDS_OF_NEWER_OPENCV,
     Scene,
     check,
     degrees,
@@ -252,7 +251,6 @@ def test_keypoints_that_slip_along_edges_give_no_translation() -> None:
     ],
     ids=["sideways", "forward", "noisy"],
 )
-@SEEDS_OF_NEWER_OPENCV
 def test_a_small_translation_is_found(scene: Scene) -> None:
     poses = [scene.estimate(300, seed) for seed in range(10)]
     assert sum(pose.status is PoseStatus.OK for pose in poses) >= 9

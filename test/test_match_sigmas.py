@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from two_view_scenes import CAMERA, SEEDS_OF_NEWER_OPENCV, Scene
+from two_view_scenes import CAMERA, Scene
 
 from kpmatch_ros import frame_motion
 from kpmatch_ros.front_end import FrontEnd
@@ -109,18 +109,18 @@ def test_sigmas_change_nothing_if_the_noise_is_far_above_the_threshold() -> None
     np.testing.assert_array_equal(with_sigmas.covariance, without_sigmas.covariance)
 
 
-@SEEDS_OF_NEWER_OPENCV
 def test_exact_matches_of_a_plane_do_not_make_the_pose_overconfident() -> None:
     towards = {"rotation": (0.0, 0.0, 0.0), "translation": (0.0, 0.0, 0.5)}
-    statuses = []
-    for seed in range(8):
+    statuses, nees = [], []
+    for seed in range(24):
         points0, points1, _ = Scene(plane=True, **towards).matches(COUNT, seed)
         random, sigmas = np.random.default_rng(seed), np.where(np.arange(COUNT) % 3 == 0, 0.1, COARSE)
         points1 = points1 + random.normal(0, 1, (COUNT, 2)) * sigmas[:, None]
         pose = estimate(points0, points1, sigmas=sigmas)
         statuses.append(pose.status)
         error = Scene(plane=True, **towards).error(pose)
-        assert error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error < 25
+        nees.append(error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error)
+    assert np.median(nees) < 8 and np.quantile(nees, 0.9) < 25  # of 200 seeds: 5, and 18
     assert PoseStatus.AMBIGUOUS in statuses
 
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from two_view_scenes import SEEDS_OF_NEWER_OPENCV, Scene, check, degrees, pinhole
+from two_view_scenes import Scene, check, degrees, pinhole
 
 from benchmarks.overconfidence import CAMERA, MOTIONS, WEAK, Problem, body, judge, plane, walk, weak
 from kpmatch_ros.feature_matcher import FeatureMatcher
@@ -218,11 +218,10 @@ def test_the_profile_finds_the_motion_from_a_rotation_that_is_five_degrees_off()
             assert abs(one.translation @ other.translation) < math.cos(math.radians(10)) + 1e-9
 
 
-@SEEDS_OF_NEWER_OPENCV
 def test_the_covariance_is_enlarged_on_a_curved_ridge_of_the_likelihood() -> None:
     # The last number is the NEES with the covariance from the curvature at the maximum alone.
-    for kind, seed, before in (("small area", 48, 457), ("small area", 24, 34), ("plane and a few points", 40, 289)):
-        problem = weak(kind, seed)
+    for seed, before in ((27, 97), (78, 34)):
+        problem = weak("small area", seed)
         outcome = judge(problem.estimate(), problem.truth)
         assert not outcome.wrong_and_sure
         assert outcome.status is PoseStatus.AMBIGUOUS or outcome.nees < before / 2
@@ -407,26 +406,17 @@ def test_a_wrong_match_among_few_does_not_pull_the_pose_far_outside_its_covarian
     assert sure > 100
 
 
-@SEEDS_OF_NEWER_OPENCV
-@pytest.mark.parametrize(
-    "kind, seed",
-    [
-        ("coarse keypoints", 42),
-        ("coarse keypoints", 100),
-        ("plane and a few points", 25),
-        ("plane and a few points", 1),
-    ],
-)
-def test_a_pose_of_few_matches_is_ambiguous_if_all_of_them_suggest_another_motion(kind: str, seed: int) -> None:
-    assert weak(kind, seed).estimate().status is PoseStatus.AMBIGUOUS  # 13 to 62 degrees off
+@pytest.mark.parametrize("seed", [45, 57, 85])
+def test_a_pose_of_few_matches_is_ambiguous_if_all_of_them_suggest_another_motion(seed: int) -> None:
+    # Without the likeliest directions, the poses would be OK and 109 to 137 degrees off.
+    assert weak("small area", seed).estimate().status is PoseStatus.AMBIGUOUS
 
 
-@SEEDS_OF_NEWER_OPENCV
-@pytest.mark.parametrize("seed", [5, 46])
+@pytest.mark.parametrize("seed", [68, 84, 96])
 def test_two_motions_that_each_fit_with_a_different_noise_are_ambiguous(seed: int) -> None:
     """Few matches agree closely with one motion, and more, less closely, with the other.
 
-    Without this status, the poses would be OK and 8 and 19 degrees off.
+    Without this status, the poses would be OK and their directions 20, 5 and 90 degrees off.
     """
     problem = weak("coarse keypoints", seed)
     pose = problem.estimate()

@@ -8,7 +8,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pytest
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.geometry.camera import Camera
@@ -16,10 +15,6 @@ from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 
 OPENCV = tuple(map(int, cv2.__version__.split(".")[:2]))
-SEEDS_OF_NEWER_OPENCV = pytest.mark.skipif(
-    OPENCV < (4, 6),
-    reason="OpenCV's search of these seeds finds other candidates before 4.6; docs/distributions.md has the rates",
-)
 
 
 def pinhole(focal: float = 500.0, width: int = 640, height: int = 480) -> Camera:

@@ -1,6 +1,7 @@
 """Bindings of the compiled geometry library, which the build of the ROS package puts next to this file.
 
-Its sources are flow.c, geometry.c, lens.c, points.c, structure.c, two_view.c and two_view_profile.c in src/.
+Its sources are five_point.c, flow.c, geometry.c, lens.c, points.c, structure.c, two_view.c and two_view_profile.c in
+src/.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = [
     "LIBRARY",
     "align",
     "available",
+    "best_essential",
     "cut",
     "depths",
     "differentiate",
@@ -46,7 +48,7 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
-_VERSION = 6  # of the functions' arguments and meaning, as in src/geometry.c
+_VERSION = 7  # of the functions' arguments and meaning, as in src/geometry.c
 _MOST_LEVELS = 16  # of a pyramid
 _USED = 85  # pixels of a patch that are compared
 _PATCH = 5 * _USED + 63 + 9  # numbers in a patch
@@ -76,6 +78,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         "kpmatch_residual_sizes": (None, [*matches, array, number, array]),
         "kpmatch_differentiate": (None, [truth, *matches, *3 * [array]]),
         "kpmatch_minimise": (truth, [truth, *matches, array, number, size, number, array]),
+        "kpmatch_best_essential": (truth, [*matches, size, array, number, *2 * [array]]),
         "kpmatch_hessian": (None, [truth, *matches, array, number, number, array]),
         "kpmatch_refine_turns": (truth, [*matches, size, array, number, size, *3 * [array]]),
         "kpmatch_follow": (None, [size, array, array, array, truth, size, *3 * [array]]),
@@ -346,6 +349,24 @@ def minimise(
     if not _library.kpmatch_minimise(model, count, columns, motion, cutoff, iterations, settled, used):
         raise np.linalg.LinAlgError("Singular matrix")
     return motion[:9].reshape(3, 3), motion[9:]
+
+
+def best_essential(
+    columns: np.ndarray, samples: np.ndarray, inlier_threshold: float, cost: float
+) -> tuple[np.ndarray, float] | None:
+    """The result of five_point.best_essential.
+
+    Raises:
+        IndexError: a sample has a match that does not exist.
+    """
+    columns, samples = _matches(columns), _given(samples, np.int32, len(samples), 5)
+    if len(samples) and (samples.min() < 0 or samples.max() >= columns.shape[2]):
+        raise IndexError(f"samples of {columns.shape[2]} matches have indices {samples.min()} to {samples.max()}")
+    essential, lowest = np.empty((3, 3)), np.array([cost])
+    given = columns.shape[2], columns, len(samples), samples
+    if not _library.kpmatch_best_essential(*given, inlier_threshold, essential, lowest):
+        return None
+    return essential, float(lowest[0])
 
 
 def hessian(

@@ -91,8 +91,8 @@ def estimate_relative_pose(
 ) -> RelativePose:
     """Pose of the current camera in the reference camera's optical frame, from matched keypoints.
 
-    Candidates come from RANSAC with the five-point solver (OpenCV; Nister, PAMI 2004), and from RANSAC for the
-    translation alone, given the rotation that explains most matches. Levenberg-Marquardt refines the likeliest
+    Candidates come from RANSAC with the five-point solver (Nister, PAMI 2004), and from RANSAC for the translation
+    alone, given the rotation that explains most matches. Levenberg-Marquardt refines the likeliest
     candidate on the Sampson distances of all matches in front of the cameras. It uses Tukey's loss, scaled to the
     noise. The same input gives the same result on any thread.
 

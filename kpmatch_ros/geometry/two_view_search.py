@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import cv2
 import numpy as np
 
+from kpmatch_ros.geometry.five_point import POINTS, best_essential
 from kpmatch_ros.geometry.robust import TINY
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
+    Model,
     Motion,
     depths,
     epipolar_residuals,
@@ -16,14 +21,18 @@ from kpmatch_ros.geometry.two_view_errors import (
     rotation_residuals,
     whiten,
 )
+from kpmatch_ros.geometry.two_view_fit import minimise
 
-__all__ = ["SAMPLE", "search_motions", "search_translations"]
+__all__ = ["SAMPLE", "draw_samples", "search_motions", "search_translations"]
 
 SAMPLE = 200
 """Largest number of matches that a search uses. It is enough to find a motion, which all matches then refine."""
 
 _SEARCHES = 2  # with different seeds and different matches, because one search in twenty ends in a wrong optimum
-_SEARCH_ITERATIONS = 2000
+_LOOKS = (32, 64, 128, 256, 512, 1024, 2048, 3072)  # numbers of samples after which a search may end
+_MISSED = 1e-3  # probability that no sample has only inliers, at which a search ends
+_REFINED = 5  # iterations that refine the motion of a sample
+_REFINED_CUTOFF = 3.0  # inlier thresholds, beyond which a match does not count there
 _TRANSLATIONS = 200  # directions tried with a given rotation
 _VOTERS = 120  # matches that vote for them
 
@@ -32,29 +41,56 @@ def search_motions(
     matches: Matches, inlier_threshold: float, normalised_threshold: float, searches: int = _SEARCHES
 ) -> list[Motion]:
     """Candidates by RANSAC with several seeds. `normalised_threshold` is the inlier threshold in normalised units."""
-    candidates = []
-    for seed in range(searches):
-        params = cv2.UsacParams()
-        params.randomGeneratorState = seed
-        params.isParallel = False  # otherwise the result changes from call to call
-        params.sampler = cv2.SAMPLING_UNIFORM
-        params.score = cv2.SCORE_METHOD_MSAC  # OpenCV's MAGSAC fails with points that are not in pixels
-        params.loMethod = cv2.LOCAL_OPTIM_INNER_LO
-        params.loIterations = 10
-        params.loSampleSize = 14
-        params.maxIterations = _SEARCH_ITERATIONS
-        params.confidence = 0.999
-        params.threshold = normalised_threshold
-        sample = matches.sample(SAMPLE, seed)
-        rays1, rays0 = (np.ascontiguousarray(rays[:2].T) for rays in (sample.rays1, sample.rays0))
-        nothing = np.zeros(0)
-        try:
-            essential, _ = cv2.findEssentialMat(rays1, rays0, np.eye(3), np.eye(3), nothing, nothing, params)
-        except cv2.error:  # degenerate points
+    found = (
+        _search(matches.sample(SAMPLE, seed), inlier_threshold, normalised_threshold, seed) for seed in range(searches)
+    )
+    return [motion for motion in found if motion is not None]
+
+
+def _search(matches: Matches, inlier_threshold: float, normalised_threshold: float, seed: int) -> Motion | None:
+    """The motion with the lowest cost, by RANSAC with local optimisation (Chum, Matas, Kittler, DAGM 2003).
+
+    A sample of noisy inliers costs more than the refined motion of another one. Therefore samples are compared with
+    samples: at each look, the motion of the best one is refined if none before cost less.
+    """
+    if len(matches) < POINTS:
+        return None
+    best, lowest, lowest_of_samples, needed = None, math.inf, math.inf, math.inf
+    for start, end in zip((0, *_LOOKS), _LOOKS):
+        if start >= needed:
+            break
+        samples = draw_samples(len(matches), _chances(seed)[start:end])
+        found = best_essential(matches, samples, inlier_threshold, lowest_of_samples)
+        if found is None:
             continue
-        if essential is not None and essential.shape == (3, 3) and np.isfinite(essential).all():
-            candidates.append(_decompose(essential, sample, inlier_threshold, normalised_threshold))
-    return candidates
+        essential, lowest_of_samples = found
+        motion = _decompose(essential, matches, inlier_threshold, normalised_threshold)
+        motion = minimise(Model.EPIPOLAR, matches, motion, _REFINED_CUTOFF * inlier_threshold, _REFINED)
+        squares, limit = epipolar_residuals(matches, motion) ** 2, inlier_threshold**2
+        cost = float(np.minimum(squares, limit).sum())
+        if cost < lowest:
+            best, lowest = motion, cost
+            agreeing = float(np.clip((squares < limit).mean(), 0.01, 0.999))
+            needed = min(needed, math.log(_MISSED) / math.log1p(-(agreeing**POINTS)))
+    return best
+
+
+def draw_samples(count: int, chances: np.ndarray) -> np.ndarray:
+    """Samples (s, 5) int32 of different indices below `count`, from random numbers (s, 5) between 0 and 1."""
+    chosen = (chances * (count - np.arange(POINTS))).astype(np.int32)
+    # Each number counts the indices that are left. It skips those chosen before, in ascending order.
+    for column in range(1, POINTS):
+        for before in np.sort(chosen[:, :column], axis=1).T:
+            chosen[:, column] += chosen[:, column] >= before
+    return chosen
+
+
+@functools.lru_cache(maxsize=8)
+def _chances(seed: int) -> np.ndarray:
+    """Random numbers (s, 5) between 0 and 1, the same for the same seed."""
+    chances = np.random.default_rng(seed).random((_LOOKS[-1], POINTS))
+    chances.setflags(write=False)
+    return chances
 
 
 def _decompose(essential: np.ndarray, matches: Matches, inlier_threshold: float, normalised_threshold: float) -> Motion:
