@@ -48,7 +48,7 @@ INLINE void null_space(const Matches *matches, const int32_t *sample, double (*b
         const double scale = sqrt(2 / at_least(product_of(normal, normal, 9), TINY));
         for (int i = 0; i < 9; i++)
             normal[i] *= scale;
-        for (int other = 0; other < POINTS; other++)
+        for (int other = k + 1; other < POINTS; other++)
             reflect(conditions[other], normal);
     }
     for (int j = 0; j < 4; j++) {

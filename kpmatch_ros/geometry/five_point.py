@@ -117,7 +117,7 @@ def _null_space(rays0: np.ndarray, rays1: np.ndarray) -> np.ndarray:
         normal[:, :k] = 0
         normal[:, k] += np.copysign(np.sqrt((normal * normal).sum(axis=1)), normal[:, k])
         normal *= np.sqrt(2 / np.maximum((normal * normal).sum(axis=1), TINY))[:, None]
-        conditions = _reflect(conditions, normal)
+        conditions[:, k + 1 :] = _reflect(conditions[:, k + 1 :], normal)
         normals.append(normal)
     for normal in reversed(normals):
         basis = _reflect(basis, normal)
