@@ -158,11 +158,22 @@ def test_the_search_takes_few_samples_if_most_matches_are_correct(monkeypatch: p
         return best_essential(matches, samples, *given)
 
     monkeypatch.setattr(two_view_search, "best_essential", counting)
-    for outliers, most in ((0.0, 100), (0.5, 1000), (1.0, 6144)):
+    for outliers, most in ((0.0, 128), (0.5, 1000), (1.0, 6144)):
         taken.clear()
         search_motions(scene_matches(200, outliers, 0)[0], THRESHOLD, THRESHOLD / CAMERA.focal)
         assert sum(taken) <= most
     assert sum(taken) > 5000  # wrong matches only: all samples
+    taken.clear()
+    search_motions(scene_matches(200, 1.0, 0)[0], THRESHOLD, THRESHOLD / CAMERA.focal, fewest=80)
+    assert sum(taken) <= 2 * 1024  # 672 samples of 200 matches, of which 80 are inliers, miss them once in 1,000 times
+
+
+@pytest.mark.parametrize("correct", [0.4, 0.6])
+def test_a_motion_of_as_many_matches_as_asked_is_found(correct: float) -> None:
+    matches, scene = scene_matches(200, 1 - correct, 0)
+    found = search_motions(matches, THRESHOLD, THRESHOLD / CAMERA.focal, fewest=200 * correct)
+    truth = np.array(scene.translation) / np.linalg.norm(scene.translation)
+    assert max(float(truth @ motion.translation) for motion in found) > np.cos(np.radians(10))
 
 
 def test_the_search_gives_nothing_for_fewer_than_five_matches() -> None:

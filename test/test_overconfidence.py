@@ -412,11 +412,11 @@ def test_a_pose_of_few_matches_is_ambiguous_if_all_of_them_suggest_another_motio
     assert weak("small area", seed).estimate().status is PoseStatus.AMBIGUOUS
 
 
-@pytest.mark.parametrize("seed", [68, 84, 96])
+@pytest.mark.parametrize("seed", [68, 84, 172])
 def test_two_motions_that_each_fit_with_a_different_noise_are_ambiguous(seed: int) -> None:
     """Few matches agree closely with one motion, and more, less closely, with the other.
 
-    Without this status, the poses would be OK and their directions 20, 5 and 90 degrees off.
+    Without this status, the poses would be OK and their directions 20, 18 and 74 degrees off.
     """
     problem = weak("coarse keypoints", seed)
     pose = problem.estimate()

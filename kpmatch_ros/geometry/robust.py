@@ -13,6 +13,7 @@ __all__ = [
     "FALSE_ALARM_RATE",
     "LOOSE",
     "ENOUGH_INLIERS",
+    "RIVALLING",
     "SMALLEST_CURVATURE",
     "SMALLEST_SAMPLE",
     "TINY",
@@ -40,6 +41,9 @@ SMALLEST_SAMPLE = 8
 ENOUGH_INLIERS = 0.5
 """Part of the matches: if fewer agree, other motions are searched for."""
 
+RIVALLING = 0.5
+"""Matches that must agree on another motion, per inlier."""
+
 LOOSE = 2.0
 """Threshold, in inlier thresholds, for matches that may agree on another motion."""
 
@@ -56,7 +60,6 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)  # its powers make the sums of different ro
 
 _ACROSS = 3.0  # variances of the noise: noise alone spreads points across their line by at most this
 
-_RIVALLING = 0.5  # matches that agree on another motion, per inlier
 _SAME = 0.5  # part of the inliers: a motion that explains more of them is the same motion
 
 _POWERS = np.linspace(0.1, 4, 40)  # of Chernoff's bound
@@ -221,7 +224,7 @@ def is_other_motion(agreeing: np.ndarray, shared: np.ndarray, chance: float, sam
         chance: probability that a wrong match is within them.
         sample: number of matches that determine a motion.
     """
-    if agreeing.sum() < _RIVALLING * len(shared) or shared.mean() > _SAME:
+    if agreeing.sum() < RIVALLING * len(shared) or shared.mean() > _SAME:
         return False
     return log_false_alarms(agreeing, np.full(len(agreeing), chance), sample) < math.log(FALSE_ALARM_RATE)
 

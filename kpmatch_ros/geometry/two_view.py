@@ -17,6 +17,7 @@ from kpmatch_ros.geometry.robust import (
     ENOUGH_INLIERS,
     FALSE_ALARM_RATE,
     LOOSE,
+    RIVALLING,
     SMALLEST_SAMPLE,
     check_options,
     check_sigmas,
@@ -258,7 +259,7 @@ def _estimate(problem: Problem) -> Solution:
         solution = _check_noise(problem, _solve(problem, body.candidates))
     else:
         solution = _solve_without(problem, body.mask, body.candidates)
-    if solution.status is PoseStatus.OK and _is_degenerate(problem, solution):
+    if solution.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS) and _is_degenerate(problem, solution):
         return Solution(PoseStatus.FAILED)
     return solution
 
@@ -410,7 +411,8 @@ def _check_rest(problem: Problem, solution: Solution) -> Solution:
     if solution.inliers[scene].mean() >= ENOUGH_INLIERS:
         return solution
     rest = problem.select(scene & ~solution.inliers).with_threshold(LOOSE)
-    candidates = search_motions(rest.matches, rest.inlier_threshold, rest.normalised_threshold, 1)
+    fewest = RIVALLING * int(solution.inliers.sum())
+    candidates = search_motions(rest.matches, rest.inlier_threshold, rest.normalised_threshold, 1, fewest)
     other = best_candidate(rest.matches, candidates, rest.inlier_threshold)
     if other is None:
         return solution

@@ -41,9 +41,10 @@ def find_own_body(problem: Problem) -> Body:
     if still.sum() < problem.required or (~still).sum() < max(problem.required, _SMALLEST_SCENE * len(matches)):
         return Body(None, [])
     scene, body = problem.select(~still), problem.select(still)
-    own = search_motions(scene.matches, inlier_threshold, problem.normalised_threshold)
+    fewest = _EXPLAINED * len(scene.matches)
+    own = search_motions(scene.matches, inlier_threshold, problem.normalised_threshold, fewest=fewest)
     found = best_candidate(scene.matches, own, inlier_threshold)
-    if found is None:
+    if found is None or agrees(scene.matches, found, inlier_threshold).sum() < fewest:
         return Body(None, [])
     if not _contradicts(scene, body, found):
         return Body(None, own)
@@ -60,11 +61,9 @@ def find_own_body(problem: Problem) -> Body:
 
 
 def _contradicts(scene: Problem, body: Problem, motion: Motion) -> bool:
-    """Whether a motion explains the scene but not the body."""
+    """Whether a motion that explains the scene does not explain the body."""
     inlier_threshold = scene.inlier_threshold
     agree = agrees(scene.matches, motion, inlier_threshold)
-    if agree.mean() < _EXPLAINED:
-        return False
     if log_false_alarms(agree, np.full(len(agree), scene.chance), 5) > math.log(FALSE_ALARM_RATE):
         return False
     deviation = scene.deviation(motion)

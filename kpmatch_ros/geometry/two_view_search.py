@@ -29,7 +29,7 @@ SAMPLE = 200
 """Largest number of matches that a search uses. It is enough to find a motion, which all matches then refine."""
 
 _SEARCHES = 2  # with different seeds and different matches, because one search in twenty ends in a wrong optimum
-_LOOKS = (32, 64, 128, 256, 512, 1024, 2048, 3072)  # numbers of samples after which a search may end
+_LOOKS = (64, 128, 256, 512, 1024, 2048, 3072)  # numbers of samples after which the best one is refined
 _MISSED = 1e-3  # probability that no sample has only inliers, at which a search ends
 _REFINED = 5  # iterations that refine the motion of a sample
 _REFINED_CUTOFF = 3.0  # inlier thresholds, beyond which a match does not count there
@@ -38,16 +38,30 @@ _VOTERS = 120  # matches that vote for them
 
 
 def search_motions(
-    matches: Matches, inlier_threshold: float, normalised_threshold: float, searches: int = _SEARCHES
+    matches: Matches,
+    inlier_threshold: float,
+    normalised_threshold: float,
+    searches: int = _SEARCHES,
+    fewest: float = 0.0,
 ) -> list[Motion]:
-    """Candidates by RANSAC with several seeds. `normalised_threshold` is the inlier threshold in normalised units."""
+    """Candidates by RANSAC with several seeds.
+
+    Args:
+        normalised_threshold: the inlier threshold in normalised units.
+        fewest: number of inliers below which a motion is of no interest. The fewer matches that is, the longer the
+            search for a motion that does not exist.
+    """
+    share = fewest / max(len(matches), 1)
     found = (
-        _search(matches.sample(SAMPLE, seed), inlier_threshold, normalised_threshold, seed) for seed in range(searches)
+        _search(matches.sample(SAMPLE, seed), inlier_threshold, normalised_threshold, seed, share)
+        for seed in range(searches)
     )
     return [motion for motion in found if motion is not None]
 
 
-def _search(matches: Matches, inlier_threshold: float, normalised_threshold: float, seed: int) -> Motion | None:
+def _search(
+    matches: Matches, inlier_threshold: float, normalised_threshold: float, seed: int, share: float
+) -> Motion | None:
     """The motion with the lowest cost, by RANSAC with local optimisation (Chum, Matas, Kittler, DAGM 2003).
 
     A sample of noisy inliers costs more than the refined motion of another one. Therefore samples are compared with
@@ -55,10 +69,11 @@ def _search(matches: Matches, inlier_threshold: float, normalised_threshold: flo
     """
     if len(matches) < POINTS:
         return None
-    best, lowest, lowest_of_samples, needed = None, math.inf, math.inf, math.inf
+    best, lowest, lowest_of_samples, needed = None, math.inf, math.inf, _samples_needed(share)
     for start, end in zip((0, *_LOOKS), _LOOKS):
         if start >= needed:
             break
+        end = min(end, math.ceil(needed))
         samples = draw_samples(len(matches), _chances(seed)[start:end])
         found = best_essential(matches, samples, inlier_threshold, lowest_of_samples)
         if found is None:
@@ -70,9 +85,16 @@ def _search(matches: Matches, inlier_threshold: float, normalised_threshold: flo
         cost = float(np.minimum(squares, limit).sum())
         if cost < lowest:
             best, lowest = motion, cost
-            agreeing = float(np.clip((squares < limit).mean(), 0.01, 0.999))
-            needed = min(needed, math.log(_MISSED) / math.log1p(-(agreeing**POINTS)))
+            needed = min(needed, _samples_needed(float((squares < limit).mean())))
     return best
+
+
+def _samples_needed(share: float) -> float:
+    """The number of samples of which one has only inliers, but for a probability of _MISSED; at least the first look.
+
+    The scene may be weak, so that a sample with only inliers is not enough.
+    """
+    return max(_LOOKS[0], math.log(_MISSED) / math.log1p(-(min(max(share, 0.01), 0.999) ** POINTS)))
 
 
 def draw_samples(count: int, chances: np.ndarray) -> np.ndarray:
