@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
 import os
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_scripts import TRAINING
+from training_scripts import TRAINING, image_names
 
 from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models import ImageFeatures, LightGlue, SuperPoint
@@ -58,12 +56,6 @@ def sampled(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Return bilinear samples (B, N) of images (B, 1, H, W)."""
     limits = points.new_tensor(image.shape[:1:-1]) - 1
     return nn.functional.grid_sample(image, (points / limits * 2 - 1)[:, None], align_corners=True)[:, 0, 0]
-
-
-def image_names(template: str, count: int, validation: bool = False) -> list[str]:
-    """Return names of images for training, or for validation."""
-    names = (template.format(i) for i in itertools.count())
-    return list(itertools.islice((n for n in names if (zlib.crc32(n.encode()) % 20 == 0) == validation), count))
 
 
 @pytest.fixture(scope="module")

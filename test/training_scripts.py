@@ -5,7 +5,9 @@ Without that folder, or with an old OpenCV, the tests are skipped.
 
 from __future__ import annotations
 
+import itertools
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,3 +30,9 @@ def photographs(folder: Path, texture: Callable[[int, int, int], np.ndarray], na
     folder.mkdir(exist_ok=True)
     encoded = [shards.encode_grey(texture(600, 800, i)) for i in range(count)]
     shards.write_photos(folder / name, encoded, [str(i) for i in range(count)])
+
+
+def image_names(template: str, count: int, validation: bool = False) -> list[str]:
+    """Return names of images for training, or for validation."""
+    names = (template.format(i) for i in itertools.count())
+    return list(itertools.islice((n for n in names if (zlib.crc32(n.encode()) % 20 == 0) == validation), count))

@@ -133,7 +133,7 @@ def points_step(
         ]
     corners = CORNERS * max(0.0, 1 - progress / 0.6)
     labels = superpoint_loss.consensus((maps[0], maps[1]), pairs.images, pairs.geometry, corners)
-    degraded = _degraded(pairs, draw, settings)
+    degraded = degrade_pairs(pairs, draw, settings)
     figures: dict[str, float] = {}
     for student in students:
         with settings.autocast():
@@ -150,7 +150,7 @@ def packed(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _degraded(pairs: ViewPairs, draw: torch.Generator, settings: Settings) -> list[Tensor]:
+def degrade_pairs(pairs: ViewPairs, draw: torch.Generator, settings: Settings) -> list[Tensor]:
     """Degrade each pair with a random strength, from hardly changed to hard to recognise."""
     count = len(pairs.images[0])
     strength = torch.rand(count, generator=draw, device=settings.device)
@@ -189,7 +189,7 @@ def matching_batches(
     number: int,
 ) -> dict[str, lightglue_loss.Batch]:
     """Return the batch of each LightGlue, by its name, with features of a SuperPoint that is not trained any more."""
-    degraded = _degraded(pairs, settings.draw(2, number), settings)
+    degraded = degrade_pairs(pairs, settings.draw(2, number), settings)
     count, radius, fractions = _kind_of_points(number, settings)
     batches = {}
     for name, extractor in extractors.items():
@@ -277,7 +277,7 @@ def validate_matching(
     """Return loss, recall and precision of the last layer, on views that are not trained on."""
 
     def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
-        images, points = _degraded(pairs, draw, settings), _kind_of_points(2, settings)[0]
+        images, points = degrade_pairs(pairs, draw, settings), _kind_of_points(2, settings)[0]
         figures = {}
         for student in students:
             with settings.autocast():
