@@ -38,7 +38,6 @@ from kpmatch_ros.models.detections import clear_border, suppress_non_maxima
 from kpmatch_ros.models.superpoint import sample_descriptors
 
 CANDIDATES = 2200  # number of maxima of a view of 640x480 that can be selected
-COUNTS = (512, 768, 1024, 1024, 1024)  # numbers of points to select of such a view, one for each step
 SOFTNESS = 0.3  # difference of two logarithms of scores at which the odds of their selection differ by the factor e
 CLOSE = 2.5  # pixels: largest distance of points of both views that are the same point of the scene
 SPREAD = 2.0  # pixels: distance at which a match counts 1/e
@@ -241,8 +240,9 @@ def train(arguments: argparse.Namespace) -> None:
     watched: list[tuple[str, Kept]] = []
 
     def learn(step: int, progress: float) -> dict[str, float]:
-        chosen = int(torch.randint(len(COUNTS), (), generator=settings.draw(4, step), device=device))
-        parts = losses(student.model, reference, batches.of(step), int(COUNTS[chosen] * area))
+        counts = arguments.keypoints
+        chosen = int(torch.randint(len(counts), (), generator=settings.draw(4, step), device=device))
+        parts = losses(student.model, reference, batches.of(step), int(counts[chosen] * area))
         student.step(parts["total"], rate(progress), step)
         return {f"{name} {key}": float(value.detach()) for key, value in parts.items()}
 
@@ -274,6 +274,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", required=True, help="a folder, a registered name, or points.weights.pt")
     parser.add_argument("--network", choices=tuple(SUPERPOINTS), default="full", help="architecture of --start")
     parser.add_argument("--nms-radius", type=int, default=3, help="pixels, as in use (default: %(default)s)")
+    parser.add_argument(
+        "--keypoints",
+        type=int,
+        nargs="+",
+        default=[512, 768, 1024, 1024, 1024],
+        help="numbers of points to select of a view of 640x480, one of them for each step (default: %(default)s)",
+    )
     parser.add_argument("--batches", type=int, default=60, help="number of batches kept and reused; 0: none")
     parser.add_argument("--rate", type=float, default=5e-5, help="largest learning rate (default: %(default)s)")
     train(parser.parse_args(argv))
