@@ -125,7 +125,7 @@ def _hub(name: str, model: str, **rest: Any) -> Weights:
 
 
 _OPEN_PAIR = _packaged(
-    "kpmatch-superpoint-lightglue", 27_527_212, "010377d2487550022a0a10838010a5f7a56618ae6d61a752bdb87ae83149cf03"
+    "kpmatch-superpoint-lightglue", 27_527_212, "9b2795f4b7f66127c285681c93be5e23593765c33ba9a4a9b5c4e39c7e340ce7"
 )
 _FAST_PAIR = _packaged(
     "kpmatch-superpoint-lightglue-fast", 7_353_044, "f0639f6fac1444a62a302b4528eba17978ae874558065abdf95d0e1e8b90f227"
