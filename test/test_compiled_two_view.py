@@ -88,7 +88,7 @@ def test_poses_agree_with_numpy(scene: Scene) -> None:
             assert ours.status == numpys.status and np.array_equal(ours.inliers, numpys.inliers)
             compare([ours.rotation, ours.translation], [numpys.rotation, numpys.translation], 1e-6)
             compare(ours.covariance, numpys.covariance, 1e-4)
-            compare(ours.median_parallax, numpys.median_parallax, 1e-6)
+            compare(ours.median_parallax, numpys.median_parallax, 1e-4)  # a rotation by 1e-6 moves points by 5e-4 px
 
 
 @needed
