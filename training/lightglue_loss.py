@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from views import HIDDEN, VISIBLE, Geometry
+from views import HIDDEN, VISIBLE, Geometry, are_mutual
 
 from kpmatch_ros.models import ImageFeatures, LightGlue
 from kpmatch_ros.models.assignment import mutual_matches
@@ -70,7 +70,7 @@ def truth(points: tuple[Tensor, Tensor], geometry: Geometry) -> tuple[Tensor, tu
     far = torch.full((), torch.inf, device=forth.device)
     distance = torch.where(visible0 & visible1, torch.maximum(forth, return_), far)
     best0, best1 = distance.argmin(dim=2), distance.argmin(dim=1)
-    mutual = best1.gather(1, best0) == torch.arange(best0.shape[1], device=best0.device)
+    mutual = are_mutual(best0, best1)
     matched = mutual & (distance.amin(dim=2) <= NEAR)
     partners = torch.where(matched, best0, -1)
     alone0 = (state0 == HIDDEN) | ((state0 == VISIBLE) & (forth.amin(dim=2) > FAR))

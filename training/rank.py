@@ -13,6 +13,7 @@ with a probability, and the probabilities of a view sum to K (:func:`selected`).
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,10 @@ from loop import (
 from superpoint_loss import probabilities, soft_maximum
 from torch import Tensor
 from torch.nn import functional as F
-from train import SUPERPOINTS, build, degrade_pairs, lightly_degraded, packed, source_of
-from views import VISIBLE, Geometry, Source, ViewPairs, load
+from train import SUPERPOINTS, best_maxima, build, degrade_pairs, lightly_degraded, packed, source_of
+from views import VISIBLE, Geometry, Source, ViewPairs, are_mutual, load
 
 from kpmatch_ros.models import SuperPoint
-from kpmatch_ros.models.detections import clear_border, suppress_non_maxima
 from kpmatch_ros.models.superpoint import sample_descriptors
 
 CANDIDATES = 2200  # number of maxima of a view of 640x480 that can be selected
@@ -42,7 +42,7 @@ SOFTNESS = 0.3  # difference of two logarithms of scores at which the odds of th
 CLOSE = 2.5  # pixels: largest distance of points of both views that are the same point of the scene
 SPREAD = 2.0  # pixels: distance at which a match counts 1/e
 FAINTEST = 1e-6  # lowest score of a candidate
-WEIGHTS = {"matches": 3.0, "distance": 0.05, "divergence": 0.3}
+WEIGHTS = {"matches": -3.0, "distance": 0.05, "divergence": 0.3}
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ def candidates(model: SuperPoint, logits: Tensor, count: int) -> Candidates:
     """Return up to ``count`` maxima of the score maps, with the network's radius of suppression."""
     maps = probabilities(logits)
     with torch.no_grad():
-        peaks = clear_border(suppress_non_maxima(maps, model.config["nms_radius"]), 4)
-        best, index = peaks.flatten(1).topk(count, dim=1)
+        best, index = best_maxima(maps, count, model.config["nms_radius"])
     return Candidates(soft_maximum(maps, index), maps.flatten(1).gather(1, index), best > FAINTEST)
 
 
@@ -124,18 +123,13 @@ def compare(views: tuple[Candidates, Candidates], descriptors: tuple[Tensor, Ten
     possible = visible[:, :, None] & ((back == VISIBLE) & views[1].valid)[:, None]
     distances = torch.cdist(there, views[1].points).masked_fill(~possible, 1e4)
     shortest, partners = distances.min(dim=2)
-    near = _are_mutual(partners, distances.argmin(dim=1)) & (shortest < CLOSE)
+    near = are_mutual(partners, distances.argmin(dim=1)) & (shortest < CLOSE)
     sampled = [sample_descriptors(each.float(), view.points) for each, view in zip(descriptors, views)]
     similarity = sampled[0] @ sampled[1].transpose(1, 2)
     similarity = similarity.masked_fill(~(views[0].valid[:, :, None] & views[1].valid[:, None]), -2.0)
     likest = similarity.argmax(dim=2)
-    matched = near & (likest == partners) & _are_mutual(likest, similarity.argmax(dim=1))
+    matched = near & (likest == partners) & are_mutual(likest, similarity.argmax(dim=1))
     return Agreement(partners, near, matched, shortest, visible)
-
-
-def _are_mutual(forth: Tensor, back: Tensor) -> Tensor:
-    """Whether (B, N) the indices (B, N) of partners lead back by the partners' indices (B, M)."""
-    return back.gather(1, forth) == torch.arange(forth.shape[1], device=forth.device)
 
 
 def selected(scores: Tensor, valid: Tensor, count: int) -> Tensor:
@@ -194,8 +188,7 @@ def losses(model: SuperPoint, reference: SuperPoint, kept: Kept, count: int) -> 
         "distance": torch.where(agreement.near, lengths * seen, 0.0).sum() / seen.sum().clamp(min=1),
         "divergence": divergence,
     }
-    signs = {"matches": -1, "distance": 1, "divergence": 1}
-    parts["total"] = torch.stack([signs[name] * WEIGHTS[name] * part for name, part in parts.items()]).sum()
+    parts["total"] = torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum()
     return parts
 
 
@@ -206,10 +199,10 @@ def found(model: SuperPoint, kept: Kept, area: float) -> dict[str, float]:
     ``repeated``: the share of the visible points that are found again.
     """
     figures = {}
-    logits = [decode(model, each) for each in kept.features]
+    views = [candidates(model, decode(model, each), int(1024 * area)) for each in kept.features]
     for count in (512, 1024):
-        views = tuple(candidates(model, each, int(CANDIDATES * area)).best(int(count * area)) for each in logits)
-        agreement = compare((views[0], views[1]), kept.descriptors, kept.geometry)
+        best = [view.best(int(count * area)) for view in views]
+        agreement = compare((best[0], best[1]), kept.descriptors, kept.geometry)
         pairs = len(agreement.near)
         figures[f"{count} matched"] = float(agreement.matched.sum()) / pairs
         figures[f"{count} repeated"] = float(agreement.near.sum() / agreement.visible.sum().clamp(min=1))
@@ -223,11 +216,9 @@ def train(arguments: argparse.Namespace) -> None:
     device, area = settings.device, settings.size[0] * settings.size[1] / (640 * 480)
     trained, validation = load(arguments.shards, device)
     name = arguments.network
-    reference, _ = build("points", name, arguments.start, device)
     model, _ = build("points", name, arguments.start, device)
-    for each in (reference, model):
-        each.config["nms_radius"] = arguments.nms_radius
-    reference.requires_grad_(False).eval()
+    model.config["nms_radius"] = arguments.nms_radius
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
     student = Student(name, model, arguments.rate)
     model.encoder.requires_grad_(False)
     model.descriptor_decoder.requires_grad_(False)

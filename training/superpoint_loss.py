@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from views import VISIBLE, Geometry
+from views import VISIBLE, Geometry, are_mutual
 
 from kpmatch_ros.models import SuperPoint
 from kpmatch_ros.models.detections import read_out
@@ -199,7 +199,7 @@ def reprojection_loss(points: tuple[Tensor, Tensor], geometry: Geometry) -> Tens
         forth = torch.cdist(there, points[1])
         forth = torch.where((state0 == VISIBLE)[:, :, None] & (state1 == VISIBLE)[:, None], forth, away)
         best0, best1 = forth.argmin(dim=2), forth.argmin(dim=1)
-        mutual = best1.gather(1, best0) == torch.arange(best0.shape[1], device=best0.device)
+        mutual = are_mutual(best0, best1)
         near = mutual & (forth.amin(dim=2) < CLOSE)
     pick = best0[..., None].expand(-1, -1, 2)
     for distance in (there - points[1].gather(1, pick), points[0] - back.gather(1, pick)):

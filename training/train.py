@@ -163,6 +163,11 @@ def lightly_degraded(pairs: ViewPairs, draw: torch.Generator, settings: Settings
     return [degrade(draw, image, strength) for image in pairs.images]
 
 
+def best_maxima(maps: Tensor, count: int, radius: int) -> tuple[Tensor, Tensor]:
+    """Return the scores (B, N) of the ``count`` best maxima of maps (B, H, W), and their flat index (B, N)."""
+    return clear_border(suppress_non_maxima(maps, radius), 4).flatten(1).topk(count, dim=1)
+
+
 def extract(
     model: SuperPoint, images: Tensor, count: int, radius: int, fractions: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,8 +177,7 @@ def extract(
     """
     out = superpoint_loss.run(model, packed(images))
     maps = superpoint_loss.probabilities(out.logits)
-    scores = clear_border(suppress_non_maxima(maps, radius), 4)
-    best, index = scores.flatten(1).topk(count, dim=1)
+    best, index = best_maxima(maps, count, radius)
     width = maps.shape[2]
     whole = torch.stack([index % width, index // width], dim=-1).float()
     points = superpoint_loss.soft_maximum(maps, index) if fractions else whole

@@ -63,6 +63,11 @@ def inside(points: Tensor, size: tuple[int, int], margin: float = 0.0) -> Tensor
     return ((points >= margin) & (points <= limit)).all(dim=-1)
 
 
+def are_mutual(forth: Tensor, back: Tensor) -> Tensor:
+    """Whether (B, N) the indices (B, N) of points of the other view lead back, by the other points' indices (B, M)."""
+    return back.gather(1, forth) == torch.arange(forth.shape[1], device=forth.device)
+
+
 @dataclass
 class Planar:
     """Geometry of two views of a photograph: ``homographies`` (B, 3, 3) map each view's pixels to the other's."""

@@ -44,26 +44,29 @@ def find_own_body(problem: Problem) -> Body:
     fewest = _EXPLAINED * len(scene.matches)
     own = search_motions(scene.matches, inlier_threshold, problem.normalised_threshold, fewest=fewest)
     found = best_candidate(scene.matches, own, inlier_threshold)
-    if found is None or agrees(scene.matches, found, inlier_threshold).sum() < fewest:
+    if found is None:
         return Body(None, [])
-    if not _contradicts(scene, body, found):
+    agreeing = agrees(scene.matches, found, inlier_threshold)
+    if agreeing.sum() < fewest:
+        return Body(None, [])
+    if not _contradicts(scene, body, found, agreeing):
         return Body(None, own)
     whole = search_motions(matches, inlier_threshold, problem.normalised_threshold, 1)
     whole += search_translations(scene.matches, np.eye(3), inlier_threshold)
     both = best_candidate(matches, [found, *whole], inlier_threshold)
     assert both is not None
-    if agrees(scene.matches, both, inlier_threshold).mean() >= _EXPLAINED:
-        return Body(still, own) if _contradicts(scene, body, both) else Body(None, [both, *whole])
-    effect = design_effect(agrees(scene.matches, found, inlier_threshold), problem.independent_points)
+    agreeing_both = agrees(scene.matches, both, inlier_threshold)
+    if agreeing_both.mean() >= _EXPLAINED:
+        return Body(still, own) if _contradicts(scene, body, both, agreeing_both) else Body(None, [both, *whole])
+    effect = design_effect(agreeing, problem.independent_points)
     if rival_of(scene.matches, found, both, inlier_threshold, scene.deviation(found), effect).is_consistent:
         return Body(None, [both, *whole])
     return Body(still, own)
 
 
-def _contradicts(scene: Problem, body: Problem, motion: Motion) -> bool:
-    """Whether a motion that explains the scene does not explain the body."""
+def _contradicts(scene: Problem, body: Problem, motion: Motion, agree: np.ndarray) -> bool:
+    """Whether a motion that explains the scene's matches in the mask `agree` does not explain the body."""
     inlier_threshold = scene.inlier_threshold
-    agree = agrees(scene.matches, motion, inlier_threshold)
     if log_false_alarms(agree, np.full(len(agree), scene.chance), 5) > math.log(FALSE_ALARM_RATE):
         return False
     deviation = scene.deviation(motion)
