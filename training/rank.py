@@ -31,8 +31,8 @@ from loop import (
 from superpoint_loss import probabilities, soft_maximum
 from torch import Tensor
 from torch.nn import functional as F
-from train import SUPERPOINTS, best_maxima, build, degrade_pairs, lightly_degraded, packed, source_of
-from views import VISIBLE, Geometry, Source, ViewPairs, are_mutual, load
+from train import SUPERPOINTS, best_maxima, build, degrade_pairs, lightly_degraded, packed
+from views import VISIBLE, Geometry, Layers, Photos, Source, ViewPairs, are_mutual, load
 
 from kpmatch_ros.models import SuperPoint
 from kpmatch_ros.models.superpoint import sample_descriptors
@@ -214,7 +214,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Train according to the arguments; write checkpoints and a log to ``--out``."""
     settings = settings_of(arguments)
     device, area = settings.device, settings.size[0] * settings.size[1] / (640 * 480)
-    trained, validation = load(arguments.shards, device)
+    trained, validation = (_with_layers(sources) for sources in load(arguments.shards, device))
     name = arguments.network
     model, _ = build("points", name, arguments.start, device)
     model.config["nms_radius"] = arguments.nms_radius
@@ -224,7 +224,7 @@ def train(arguments: argparse.Namespace) -> None:
     model.descriptor_decoder.requires_grad_(False)
 
     def batch(number: int) -> Kept:
-        pairs = source_of(trained, number).pairs(settings.draw(1, number), settings.batch, settings.size)
+        pairs = trained[number % len(trained)].pairs(settings.draw(1, number), settings.batch, settings.size)
         return keep(reference, degrade_pairs(pairs, settings.draw(2, number), settings), pairs.geometry, settings)
 
     batches = Batches(batch, arguments.batches, settings)
@@ -247,6 +247,11 @@ def train(arguments: argparse.Namespace) -> None:
         return {key: sum(values) / len(values) for key, values in figures.items()}
 
     run(arguments, settings, [student], learn, validate)
+
+
+def _with_layers(sources: list[Source]) -> list[Source]:
+    """The sources, and layers of the photographs among them."""
+    return [*sources, *(Layers(each) for each in sources if isinstance(each, Photos))]
 
 
 def _watched(model: SuperPoint, validation: list[Source], settings: Settings, count: int) -> list[tuple[str, Kept]]:
