@@ -116,6 +116,11 @@ def test_the_intrinsics_of_image_b_and_the_distortion_affect_the_pose(run: Run, 
     assert np.allclose(pose("--distortion", "-0.3,0.1,0,0,0,0,0,0", *rational), lens, atol=1e-6)
     fisheye = pose("--distortion", "-0.3,0.1,0,0", "--distortion-model", "equidistant")
     assert np.abs(fisheye - lens).max() > 1e-4
+    assert np.array_equal(pose("--distortion", "-0.3,0.1,0,0", "--distortion1", "-0.3,0.1,0,0"), lens)
+    of_b = pose("--distortion1", "-0.3,0.1,0,0")
+    assert np.abs(of_b - lens).max() > 1e-4 and np.abs(of_b - plain).max() > 1e-4
+    mixed = pose("--distortion1", "-0.3,0.1,0,0", "--distortion-model1", "equidistant")
+    assert np.abs(mixed - of_b).max() > 1e-4
 
 
 def test_without_json_a_few_readable_lines_are_printed(run: Run, pictures: tuple[Path, Path]) -> None:
@@ -208,6 +213,8 @@ def test_help_shows_each_option_with_its_description_range_and_default(run: Run)
             "is not supported; the supported models are plumb_bob",
         ),
         ([*CAMERA, "--distortion-model", "equidistant"], "--distortion-model needs --distortion"),
+        (["--distortion1", "-0.1,0,0,0"], "--distortion1 needs --intrinsics"),
+        ([*CAMERA, "--distortion-model1", "equidistant"], "--distortion-model1 needs --distortion1"),
         (["--save", "matches.xyz"], "--save matches.xyz"),
         (["--save", "no-such-folder/matches.png"], "there is no folder no-such-folder"),
         (["--max-keypoint", "5"], "unrecognized arguments: --max-keypoint 5, did you mean --max-keypoints?"),

@@ -10,7 +10,8 @@ import torch
 
 # isort: split
 import training_scripts  # noqa: F401  (finds training/)
-from views import HIDDEN, VISIBLE, Layered, Layers, Photos, ViewPairs
+from layers import Layered, Layers
+from views import HIDDEN, VISIBLE, Photos, ViewPairs
 
 SIZE = (160, 120)
 

@@ -17,6 +17,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from layers import Layers
 from loop import (
     Batches,
     Settings,
@@ -32,7 +33,7 @@ from superpoint_loss import probabilities, soft_maximum
 from torch import Tensor
 from torch.nn import functional as F
 from train import SUPERPOINTS, best_maxima, build, degrade_pairs, lightly_degraded, packed
-from views import VISIBLE, Geometry, Layers, Photos, Source, ViewPairs, are_mutual, load
+from views import VISIBLE, Geometry, Photos, Source, ViewPairs, are_mutual, load
 
 from kpmatch_ros.models import SuperPoint
 from kpmatch_ros.models.superpoint import sample_descriptors

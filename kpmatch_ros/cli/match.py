@@ -36,6 +36,14 @@ if TYPE_CHECKING:
 
 __all__ = ["add_match"]
 
+_NEEDS = {  # an option, and the one without which it has no effect
+    "intrinsics1": "intrinsics",
+    "distortion": "intrinsics",
+    "distortion1": "intrinsics",
+    "distortion_model": "distortion",
+    "distortion_model1": "distortion1",
+}
+
 
 def add_match(commands: Any) -> None:
     parser = add_command(
@@ -79,6 +87,13 @@ def add_match(commands: Any) -> None:
         "(a fisheye lens, 4)",
     )
     parser.add_argument(
+        "--distortion1",
+        metavar="K1,K2,P1,P2[,K3]",
+        type=comma_separated(4, 5, 8, 12, 14),
+        help="coefficients of the lens of B's camera, if it is another camera (default: those of --distortion)",
+    )
+    parser.add_argument("--distortion-model1", metavar="MODEL", help="model of --distortion1 (default plumb_bob)")
+    parser.add_argument(
         "--save",
         metavar="FILE",
         type=Path,
@@ -89,15 +104,17 @@ def add_match(commands: Any) -> None:
     add_parameters(parser, "matching options", MATCHING_OPTIONS)
 
 
+def _written(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
 def _match(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in vars(options).items() if name in MATCHING_OPTIONS}
     parameters = Parameters.given({**chosen, "refine": False})
     warn_of_idle(parameters, options.name)
-    if options.intrinsics is None and (options.intrinsics1 is not None or options.distortion is not None):
-        given = "--intrinsics1" if options.intrinsics1 is not None else "--distortion"
-        raise CommandError(f"{given} needs --intrinsics too")
-    if options.distortion_model is not None and options.distortion is None:
-        raise CommandError("--distortion-model needs --distortion too")
+    for option, needed in _NEEDS.items():
+        if getattr(options, option) is not None and getattr(options, needed) is None:
+            raise CommandError(f"{_written(option)} needs {_written(needed)} too")
     picture = options.save
     if picture is None and not options.json:
         picture = Path(f"{options.image_a.stem}_{options.image_b.stem}_matches.png")
@@ -109,8 +126,9 @@ def _match(options: argparse.Namespace) -> int:
     given = "" if options.save is None else "--save"
     check_outputs({given: picture}, [options.image_a, options.image_b], parameters)
     lens = options.distortion_model or "plumb_bob", options.distortion or ()
+    lens1 = lens if options.distortion1 is None else (options.distortion_model1 or "plumb_bob", options.distortion1)
     camera_a = _camera(image_a, options.intrinsics, *lens)
-    camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, *lens)
+    camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, *lens1)
 
     from kpmatch_ros.front_end import FrontEnd
     from kpmatch_ros.imaging.images import ImageError
