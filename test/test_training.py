@@ -610,10 +610,15 @@ def test_a_network_that_starts_from_random_weights_is_reported(
 
 
 @pytest.mark.parametrize(
-    ("stage", "more"), [("both", ["--networks", "fast"]), ("distil", ["--batches", "1", "--keypoints", "32"])]
+    ("stage", "more", "kinds"),
+    [
+        ("both", ["--networks", "fast"], ["points", "matching"]),
+        ("distil", ["--batches", "1", "--keypoints", "32"], ["points", "matching"]),
+        ("rank", ["--keypoints", "32"], ["ranking"]),
+    ],
 )
-def test_gpu_run_sh_trains_both_networks_from_tiny_shards(
-    folder: Path, tmp_path: Path, stage: str, more: list[str]
+def test_gpu_run_sh_trains_from_tiny_shards(
+    folder: Path, tmp_path: Path, stage: str, more: list[str], kinds: list[str]
 ) -> None:
     options = ["--size", "96", "64", "--batch", "1", "--device", "cpu", "--precision", "float32", *more]
     options += ["--watch-views", "1"]
@@ -628,7 +633,7 @@ def test_gpu_run_sh_trains_both_networks_from_tiny_shards(
         env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr + done.stdout
-    for kind in ("points", "matching"):
+    for kind in kinds:
         log = [json.loads(line) for line in (out / f"{kind}.jsonl").read_text().splitlines()]
         assert min(steps(log)) == 1 and (out / f"{kind}.weights.pt").exists()
 
@@ -647,10 +652,14 @@ def test_gpu_run_sh_starts_every_stage_from_the_given_weights(tmp_path: Path) ->
     points, matching = gpu_run_commands(tmp_path).stdout.splitlines()
     assert "--start superpoint-open" in points and "--start lightglue-superpoint-open" in matching
     assert "--start" not in gpu_run_commands(tmp_path, "--stage", "distil").stdout
+    (ranking,) = gpu_run_commands(tmp_path, "--stage", "rank", *starts).stdout.splitlines()
+    assert "rank.py" in ranking and "--start a b.weights.pt" in ranking
+    assert "--start superpoint-open" in gpu_run_commands(tmp_path, "--stage", "rank").stdout
 
 
 def test_gpu_run_sh_uses_the_batch_sizes_of_the_recipe_unless_others_are_given(tmp_path: Path) -> None:
-    for stage, expected in (("both", ["16", "32"]), ("points", ["16"]), ("matching", ["32"]), ("distil", ["4", "32"])):
+    stages = {"both": ["16", "32"], "points": ["16"], "matching": ["32"], "distil": ["4", "32"], "rank": ["8"]}
+    for stage, expected in stages.items():
         for more, batches in (([], expected), (["--", "--batch", "2"], ["2"] * len(expected))):
             commands = gpu_run_commands(tmp_path, "--stage", stage, *more).stdout.splitlines()
             assert [line.rpartition("--batch ")[2].split()[0] for line in commands] == batches

@@ -234,7 +234,7 @@ def train(arguments: argparse.Namespace) -> None:
     def learn(step: int, progress: float) -> dict[str, float]:
         counts = arguments.keypoints
         chosen = int(torch.randint(len(counts), (), generator=settings.draw(4, step), device=device))
-        parts = losses(student.model, reference, batches.of(step), int(counts[chosen] * area))
+        parts = losses(student.model, reference, batches.of(step), max(1, int(counts[chosen] * area)))
         student.step(parts["total"], rate(progress), step)
         return {f"{name} {key}": float(value.detach()) for key, value in parts.items()}
 
