@@ -86,17 +86,23 @@ def test_points_agree_where_the_geometry_says_so_and_match_where_their_descripto
     assert not rank.compare((views[0], views[1]), (maps[0], exchanged), geometry).matched.all()
 
 
-def test_more_of_the_best_points_match_after_the_training_and_only_the_detector_has_changed(
-    folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("blocks", "learnt"), [("0", ("keypoint_decoder.",)), ("1", ("keypoint_decoder.", "encoder.conv_blocks.3."))]
+)
+def test_more_of_the_best_points_match_after_the_training_and_only_its_part_has_changed(
+    folder: Path, tmp_path: Path, blocks: str, learnt: tuple[str, ...]
 ) -> None:
-    steps = [each for each in run(folder, tmp_path, "--steps", "25", "--rate", "1e-3") if "validation" not in each]
+    options = ["--steps", "25", "--rate", "1e-3", "--blocks", blocks]
+    steps = [each for each in run(folder, tmp_path, *options) if "validation" not in each]
     for name, sign in (("full matches", 1), ("full total", -1)):
         values = [sign * each[name] for each in steps]
         assert np.mean(values[-4:]) > np.mean(values[:4])
     before = SuperPoint.from_pretrained("superpoint-open").state_dict()
     after = export.read_trained(SuperPoint, tmp_path / "ranking.weights.pt", "full").state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor.float(), after[name].float())}
-    assert changed and all(name.startswith("keypoint_decoder.") for name in changed)
+    for part in ("keypoint_decoder.", "encoder.", "descriptor_decoder."):
+        assert any(name.startswith(part) for name in changed) == any(each.startswith(part) for each in learnt)
+    assert all(name.startswith(learnt) for name in changed)
 
 
 def test_a_resumed_ranking_continues_as_if_it_had_not_been_interrupted(folder: Path, tmp_path: Path) -> None:
@@ -104,3 +110,17 @@ def test_a_resumed_ranking_continues_as_if_it_had_not_been_interrupted(folder: P
     run(folder, tmp_path / "parts", "--steps", "4", "--stop-after", "2")
     parts = [each for each in run(folder, tmp_path / "parts", "--steps", "4") if "validation" not in each]
     assert [each["full total"] for each in parts] == pytest.approx([each["full total"] for each in whole], abs=2e-4)
+
+
+def test_the_loss_keeps_the_descriptors_if_the_encoder_learns(folder: Path, tmp_path: Path) -> None:
+    options = ["--steps", "25", "--rate", "1e-3", "--blocks", "1"]
+    steps = [each for each in run(folder, tmp_path / "kept", *options) if "validation" not in each]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rank.WEIGHTS, "descriptors", 0.0)
+        free = [each for each in run(folder, tmp_path / "free", *options) if "validation" not in each]
+    assert steps[0]["full descriptors"] < 1e-3  # the descriptors kept are float16
+    assert (
+        0
+        < np.mean([each["full descriptors"] for each in steps[-4:]])
+        < np.mean([each["full descriptors"] for each in free[-4:]])
+    )

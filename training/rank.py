@@ -2,9 +2,10 @@
 
     python training/rank.py --start superpoint-open --shards SHARDS --out RUN --minutes 40
 
-Only the two convolutions of the detector's decoder learn. The encoder and the descriptors stay as they are, so that the
-LightGlue of these weights stays valid, and a step needs a tenth of the arithmetic. The encoder's output is computed
-once for each pair of views and kept. A processor can therefore run this training.
+Only the two convolutions of the detector's decoder learn, and with ``--blocks 1`` the encoder's last block. The
+descriptors stay as they are, or nearly, so that the LightGlue of these weights stays valid, and a step needs a tenth of
+the arithmetic. The output of the part that does not learn is computed once for each pair of views and kept. A processor
+can therefore run this training.
 
 The loss is the number of matches among the K best points of two views, made differentiable: every candidate is selected
 with a probability, and the probabilities of a view sum to K (:func:`selected`).
@@ -43,12 +44,15 @@ SOFTNESS = 0.3  # difference of two logarithms of scores at which the odds of th
 CLOSE = 2.5  # pixels: largest distance of points of both views that are the same point of the scene
 SPREAD = 2.0  # pixels: distance at which a match counts 1/e
 FAINTEST = 1e-6  # lowest score of a candidate
-WEIGHTS = {"matches": -3.0, "distance": 0.05, "divergence": 0.3}
+WEIGHTS = {"matches": -3.0, "distance": 0.05, "divergence": 0.3, "descriptors": 3.0}
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of B pairs of views: the encoder's outputs (B, C, H/8, W/8), and unit descriptors, both float16."""
+    """What is kept of B pairs of views: the inputs (B, C, H/8, W/8) of the part that learns, and unit descriptors.
+
+    Both are float16. The descriptors are those of the network before the training.
+    """
 
     features: tuple[Tensor, Tensor]
     descriptors: tuple[Tensor, Tensor]
@@ -92,19 +96,49 @@ class Agreement:
     visible: Tensor
 
 
-@torch.no_grad()
-def keep(model: SuperPoint, images: list[Tensor], geometry: Geometry, settings: Settings) -> Kept:
-    """Run the part of the network that does not learn."""
-    with settings.autocast():
-        features = [model.encoder(packed(image)) for image in images]
-        descriptors = [model.descriptor_decoder(each) for each in features]
-    return Kept((features[0].half(), features[1].half()), (descriptors[0].half(), descriptors[1].half()), geometry)
+@dataclass(frozen=True)
+class Learner:
+    """A SuperPoint of which the detector's decoder learns, and the last ``blocks`` of the encoder's blocks."""
 
+    model: SuperPoint
+    blocks: int = 0
 
-def decode(model: SuperPoint, features: Tensor) -> Tensor:
-    """Return the logits (B, 65, H/8, W/8) of the part of the network that learns."""
-    decoder = model.keypoint_decoder
-    return decoder.conv_score_b(F.relu(decoder.conv_score_a(features.float()))).float()
+    @property
+    def fixed(self) -> int:
+        """The number of the encoder's blocks that do not learn."""
+        return len(self.model.encoder.conv_blocks) - self.blocks
+
+    def freeze(self) -> None:
+        self.model.encoder.conv_blocks[: self.fixed].requires_grad_(False)
+        self.model.descriptor_decoder.requires_grad_(False)
+
+    def of(self, model: SuperPoint) -> Learner:
+        """The same parts of another network."""
+        return Learner(model, self.blocks)
+
+    @torch.no_grad()
+    def keep(self, images: list[Tensor], geometry: Geometry, settings: Settings) -> Kept:
+        """Run the part of the network that does not learn, and the descriptors."""
+        features, descriptors = [], []
+        with settings.autocast():
+            for image in images:
+                x = packed(image)
+                for block in self.model.encoder.conv_blocks[: self.fixed]:
+                    x = block(x)
+                features.append(x.half())
+                descriptors.append(self.model.descriptor_decoder(self.encode(x)).half())
+        return Kept((features[0], features[1]), (descriptors[0], descriptors[1]), geometry)
+
+    def encode(self, features: Tensor) -> Tensor:
+        """Return the encoder's outputs, from the inputs of the part that learns."""
+        for block in self.model.encoder.conv_blocks[self.fixed :]:
+            features = block(features)
+        return features
+
+    def logits(self, encoded: Tensor) -> Tensor:
+        """Return the logits (B, 65, H/8, W/8) of the cells."""
+        decoder = self.model.keypoint_decoder
+        return decoder.conv_score_b(F.relu(decoder.conv_score_a(encoded))).float()
 
 
 def candidates(model: SuperPoint, logits: Tensor, count: int) -> Candidates:
@@ -155,7 +189,7 @@ def selected(scores: Tensor, valid: Tensor, count: int) -> Tensor:
     return (logs - threshold).sigmoid()
 
 
-def losses(model: SuperPoint, reference: SuperPoint, kept: Kept, count: int) -> dict[str, Tensor]:
+def losses(student: Learner, reference: Learner, kept: Kept, count: int) -> dict[str, Tensor]:
     """Return the loss ``total`` and its parts.
 
     Args:
@@ -167,10 +201,12 @@ def losses(model: SuperPoint, reference: SuperPoint, kept: Kept, count: int) -> 
         ``matches``: the expected number of matches among the selected points, relative to ``count``; a match counts
         less if its points are not exactly the same point of the scene. ``distance``: the mean distance of the points of
         selected matches, pixels. ``divergence``: that of Kullback and Leibler from the reference, mean over cells.
+        ``descriptors``: 1 - cosine of the candidates' descriptors before and now; 0 if the encoder does not learn.
     """
-    logits = [decode(model, each) for each in kept.features]
+    encoded = [student.encode(each.float()) for each in kept.features]
+    logits = [student.logits(each) for each in encoded]
     most = CANDIDATES * logits[0].shape[2] * logits[0].shape[3] // (60 * 80)
-    views = candidates(model, logits[0], most), candidates(model, logits[1], most)
+    views = candidates(student.model, logits[0], most), candidates(student.model, logits[1], most)
     agreement = compare(views, kept.descriptors, kept.geometry)
     chosen = [selected(view.scores, view.valid, count) for view in views]
     both = chosen[0] * chosen[1].gather(1, agreement.partners)
@@ -179,31 +215,38 @@ def losses(model: SuperPoint, reference: SuperPoint, kept: Kept, count: int) -> 
     other = views[1].points.gather(1, agreement.partners[..., None].expand(-1, -1, 2))
     lengths = ((there - other).square().sum(dim=-1) + 1e-4).sqrt()
     seen = agreement.near * both.detach()
-    divergence = logits[0].new_zeros(())
-    for features, each in zip(kept.features, logits):
+    divergence, change = logits[0].new_zeros(()), logits[0].new_zeros(())
+    for i, each in enumerate(logits):
         with torch.no_grad():
-            before = decode(reference, features).log_softmax(dim=1)
+            before = reference.logits(reference.encode(kept.features[i].float())).log_softmax(dim=1)
         divergence = divergence + (before.exp() * (before - each.log_softmax(dim=1))).sum(dim=1).mean() / 2
+        if student.blocks:
+            maps = student.model.descriptor_decoder(encoded[i]), kept.descriptors[i].float()
+            now, then = (sample_descriptors(each, views[i].points.detach()) for each in maps)
+            change = change + (1 - (now * then).sum(dim=2)).mean() / 2
     parts = {
         "matches": (weights * both).sum() / (len(both) * count),
         "distance": torch.where(agreement.near, lengths * seen, 0.0).sum() / seen.sum().clamp(min=1),
         "divergence": divergence,
+        "descriptors": change,
     }
     parts["total"] = torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum()
     return parts
 
 
 @torch.no_grad()
-def found(model: SuperPoint, kept: Kept, area: float) -> dict[str, float]:
+def found(learner: Learner, kept: Kept, area: float) -> dict[str, float]:
     """Return the number of matches among the best points of a pair, for 512 and 1,024 points of 640x480 pixels.
 
     ``repeated``: the share of the visible points that are found again.
     """
     figures = {}
-    views = [candidates(model, decode(model, each), int(1024 * area)) for each in kept.features]
+    encoded = [learner.encode(each.float()) for each in kept.features]
+    views = [candidates(learner.model, learner.logits(each), int(1024 * area)) for each in encoded]
+    first, second = (learner.model.descriptor_decoder(each) for each in encoded)
     for count in (512, 1024):
         best = [view.best(int(count * area)) for view in views]
-        agreement = compare((best[0], best[1]), kept.descriptors, kept.geometry)
+        agreement = compare((best[0], best[1]), (first, second), kept.geometry)
         pairs = len(agreement.near)
         figures[f"{count} matched"] = float(agreement.matched.sum()) / pairs
         figures[f"{count} repeated"] = float(agreement.near.sum() / agreement.visible.sum().clamp(min=1))
@@ -219,14 +262,14 @@ def train(arguments: argparse.Namespace) -> None:
     name = arguments.network
     model, _ = build("points", name, arguments.start, device)
     model.config["nms_radius"] = arguments.nms_radius
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    learner = Learner(model, arguments.blocks)
+    reference = learner.of(copy.deepcopy(model).requires_grad_(False).eval())
     student = Student(name, model, arguments.rate)
-    model.encoder.requires_grad_(False)
-    model.descriptor_decoder.requires_grad_(False)
+    learner.freeze()
 
     def batch(number: int) -> Kept:
         pairs = trained[number % len(trained)].pairs(settings.draw(1, number), settings.batch, settings.size)
-        return keep(reference, degrade_pairs(pairs, settings.draw(2, number), settings), pairs.geometry, settings)
+        return reference.keep(degrade_pairs(pairs, settings.draw(2, number), settings), pairs.geometry, settings)
 
     batches = Batches(batch, arguments.batches, settings)
     watched: list[tuple[str, Kept]] = []
@@ -234,7 +277,7 @@ def train(arguments: argparse.Namespace) -> None:
     def learn(step: int, progress: float) -> dict[str, float]:
         counts = arguments.keypoints
         chosen = int(torch.randint(len(counts), (), generator=settings.draw(4, step), device=device))
-        parts = losses(student.model, reference, batches.of(step), max(1, int(counts[chosen] * area)))
+        parts = losses(learner, reference, batches.of(step), max(1, int(counts[chosen] * area)))
         student.step(parts["total"], rate(progress), step)
         return {f"{name} {key}": float(value.detach()) for key, value in parts.items()}
 
@@ -243,7 +286,7 @@ def train(arguments: argparse.Namespace) -> None:
             watched.extend(_watched(reference, validation, settings, arguments.watch_views))
         figures: dict[str, list[float]] = {}
         for source, kept in watched:
-            for key, value in found(student.average, kept, area).items():
+            for key, value in found(learner.of(student.average), kept, area).items():
                 figures.setdefault(f"{name} {source} {key}", []).append(value)
         return {key: sum(values) / len(values) for key, values in figures.items()}
 
@@ -255,11 +298,11 @@ def _with_layers(sources: list[Source]) -> list[Source]:
     return [*sources, *(Layers(each) for each in sources if isinstance(each, Photos))]
 
 
-def _watched(model: SuperPoint, validation: list[Source], settings: Settings, count: int) -> list[tuple[str, Kept]]:
+def _watched(learner: Learner, validation: list[Source], settings: Settings, count: int) -> list[tuple[str, Kept]]:
     """The validation pairs of all sources, kept."""
 
     def kept(pairs: ViewPairs, draw: torch.Generator) -> Kept:
-        return keep(model, lightly_degraded(pairs, draw, settings), pairs.geometry, settings)
+        return learner.keep(lightly_degraded(pairs, draw, settings), pairs.geometry, settings)
 
     return [(name, kept(pairs, draw)) for name, pairs, draw in validation_parts(validation, settings, count)]
 
@@ -277,6 +320,9 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=[512, 768, 1024, 1024, 1024],
         help="numbers of points to select of a view of 640x480, one of them for each step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--blocks", type=int, choices=(0, 1), default=0, help="number of the encoder's blocks that learn, from the last"
     )
     parser.add_argument("--batches", type=int, default=60, help="number of batches kept and reused; 0: none")
     parser.add_argument("--rate", type=float, default=5e-5, help="largest learning rate (default: %(default)s)")
