@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_scripts import image_names
 
-from kpmatch_ros.models import SuperPoint
+from kpmatch_ros.models import LightGlue, SuperPoint
 
 # isort: split
 import export
@@ -110,6 +110,23 @@ def test_a_resumed_ranking_continues_as_if_it_had_not_been_interrupted(folder: P
     run(folder, tmp_path / "parts", "--steps", "4", "--stop-after", "2")
     parts = [each for each in run(folder, tmp_path / "parts", "--steps", "4") if "validation" not in each]
     assert [each["full total"] for each in parts] == pytest.approx([each["full total"] for each in whole], abs=2e-4)
+
+
+def test_a_ranked_superpoint_is_exported_with_the_lightglue_of_the_weights_it_started_from(
+    folder: Path, tmp_path: Path
+) -> None:
+    run(folder, tmp_path, "--steps", "2", "--rate", "1e-3")
+    points = str(tmp_path / "ranking.weights.pt")
+    export.main(["--points", points, "--matching", "lightglue-superpoint-open", str(tmp_path / "both")])
+    trained = export.read_trained(SuperPoint, points, "full").state_dict()
+    written = SuperPoint.from_pretrained(tmp_path / "both")
+    assert all(torch.allclose(tensor, trained[name].float()) for name, tensor in written.state_dict().items())
+    assert written.config["nms_radius"] == export.DETECTION["full"]["nms_radius"]
+    shipped = LightGlue.from_pretrained("lightglue-superpoint-open").state_dict()
+    assert all(
+        torch.equal(tensor, shipped[name])
+        for name, tensor in LightGlue.from_pretrained(tmp_path / "both").state_dict().items()
+    )
 
 
 def test_the_loss_keeps_the_descriptors_if_the_encoder_learns(folder: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Write trained weights as the Hugging Face folder that the package ships and `transformers` loads.
 
     python training/export.py --points RUN/points.weights.pt --matching RUN/matching.weights.pt --network full OUT
+    python training/export.py --points RUN/ranking.weights.pt --matching lightglue-superpoint-open --network full OUT
 
-The two files are outputs of train.py and distil.py: for each network its configuration and averaged weights. Without
-``--matching`` the folder holds only the SuperPoint.
+The files are outputs of train.py, distil.py and rank.py: for each network its configuration and averaged weights. A
+folder of weights or a registered name can be given instead. Without ``--matching`` the result is only the SuperPoint.
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ DETECTION: dict[str, dict[str, Any]] = {
 }  # detection settings for trained weights; the reasons are in runs.md, "How settings were chosen"
 
 
-def read_trained(make: type[Any], path: Path, network: str) -> Any:
-    """Read the network called ``network``, ``full`` or ``fast``, from a file of train.py or distil.py.
+def read_trained(make: type[Any], source: str | Path, network: str) -> Any:
+    """Read trained weights.
 
     Args:
         make: SuperPoint or LightGlue.
+        source: a file ``….weights.pt`` of a training, a folder of weights, or a registered name.
+        network: which network to read from a file: ``full`` or ``fast``.
 
     Raises:
         KeyError: the file holds no network of this name.
     """
-    trained = torch.load(path, map_location="cpu", weights_only=True)
+    if not str(source).endswith(".weights.pt"):
+        return make.from_pretrained(source)
+    trained = torch.load(source, map_location="cpu", weights_only=True)
     if network not in trained:
-        raise KeyError(f"{path} holds {', '.join(trained)}, but no network called {network}")
+        raise KeyError(f"{source} holds {', '.join(trained)}, but no network called {network}")
     model = make(**trained[network]["config"])
     model.load_state_dict(trained[network]["tensors"])
     return model
@@ -121,8 +126,8 @@ def detection_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(words: list[str] | None = None) -> None:
     """Export according to the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=Path, required=True, help="points.weights.pt of train.py")
-    parser.add_argument("--matching", type=Path, help="matching.weights.pt of train.py")
+    parser.add_argument("--points", required=True, help="SuperPoint: ….weights.pt, a folder or a registered name")
+    parser.add_argument("--matching", help="LightGlue: ….weights.pt, a folder or a registered name")
     parser.add_argument("--network", choices=("full", "fast"), default="full", help="network to export")
     add_detection_options(parser, "those chosen for this network by validation")
     parser.add_argument("folder", type=Path)

@@ -81,7 +81,7 @@ def build(kind: str, name: str, start: str | None, device: torch.device, or_rand
     model = make(**config)
     fits = False
     if start is not None:
-        loaded = _read(make, name, start)
+        loaded = read_trained(make, start, name)
         fits = _shapes(loaded) == _shapes(model)
         if fits:
             model.load_state_dict(loaded.state_dict())
@@ -103,11 +103,6 @@ def build(kind: str, name: str, start: str | None, device: torch.device, or_rand
             model.leave_attention_to_pytorch()
     model = model.to(device)
     return (model.to(memory_format=torch.channels_last) if kind == "points" else model), fits
-
-
-def _read(make: Any, name: str, source: str) -> Any:
-    """Read a trained network: the one of this name in a KIND.weights.pt, or that of a folder or a registered name."""
-    return read_trained(make, Path(source), name) if source.endswith(".weights.pt") else make.from_pretrained(source)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -317,7 +312,7 @@ def train(arguments: argparse.Namespace) -> None:
     # Without --teacher, the average of the first network teaches this network and the others.
     teacher = students[0].average
     if arguments.teacher is not None:
-        found = _read(SuperPoint, "full", str(arguments.teacher)).eval()
+        found = read_trained(SuperPoint, arguments.teacher, "full").eval()
         teacher = found.to(device, memory_format=torch.channels_last)
 
     def views(number: int) -> ViewPairs:
