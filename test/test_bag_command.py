@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -463,25 +460,6 @@ def test_a_report_names_the_bags_folder_even_if_the_path_is_a_dot(
     monkeypatch.chdir(bag)
     assert run(".", tmp_path / "out", *QUICK, "--report", tmp_path / "report.html")[0] == 0
     assert f"<title>Matches of {bag.name}</title>" in (tmp_path / "report.html").read_text()
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_no_partial_bag(
-    views: list[NDArray[np.uint8]], tmp_path: Path, sent: signal.Signals
-) -> None:
-    write_camera_bag(tmp_path / "in", views * 300, stamps(1800), demo_camera(*SIZE))
-    command = [sys.executable, "-m", "kpmatch_ros.cli", "bag", "in", "out", "--poses", "poses.txt", *QUICK]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    end = time.monotonic() + 60
-    while not list(tmp_path.glob(".kpmatch.*/out/*")):  # until the command is writing
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)  # a shell reports both as 130
-    assert err == "kpmatch bag: stopped\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_the_command_needs_no_ros(bag: Path, tmp_path: Path) -> None:
