@@ -23,6 +23,7 @@ os.environ.setdefault("ROS_PYTHON_CHECK_FIELDS", "1")
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -54,6 +55,11 @@ _LONGEST = [
     *("bag_command", "bag_command_stereo", "stereo_slam", "base_frame", "archive", "mutations", "estimators", "fuzz"),
     *("lightglue_parity", "aliked", "bench", "cpp_front_end", "match_service", "round_up", "network", "demo", "launch"),
 ]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker per core that has 2 GB of memory, but at least three: nodes wait for half of their time."""
+    return max(3, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // 2_000_000_000))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
