@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from half_products import fast_products
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -65,6 +66,13 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(scope="module")
+def fast_half_products() -> Iterator[None]:
+    """Makes products in half precision fast on a processor without instructions for them (half_products.py)."""
+    with fast_products():
+        yield
 
 
 @pytest.fixture(scope="session")

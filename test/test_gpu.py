@@ -30,6 +30,8 @@ from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
 from kpmatch_ros.runtime.device import is_out_of_memory, release_memory
 
+pytestmark = pytest.mark.usefixtures("fast_half_products")
+
 Image = NDArray[np.uint8]
 Make = Callable[..., FeatureMatcher]
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from kpmatch_ros import FeatureMatcher, Features, Parameters
 from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
 
+pytestmark = pytest.mark.usefixtures("fast_half_products")
+
 Image = NDArray[np.uint8]
 
 # The threshold is low enough for hundreds of keypoints in small images.

@@ -1,6 +1,7 @@
 """Tests that half precision costs no matches: bfloat16 finds float32's matches, with the packaged weights.
 
-CPUs without bfloat16 compute it in software, slowly, so the images are few and small.
+CPUs without bfloat16 compute it in software, slowly, so the images are few and small, and the products of matrices are
+those of half_products.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from kpmatch_ros import FeatureMatcher, Features, Matches
 from kpmatch_ros.bags import read_messages
 from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.models import SuperPoint
+
+pytestmark = pytest.mark.usefixtures("fast_half_products")
 
 Image = NDArray[np.uint8]
 Pair = tuple[Image, Image]
