@@ -9,20 +9,21 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 from bag_harness import QUICK, SIZE, stamps
+from numpy.typing import NDArray
 
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_no_partial_file(texture: Any, tmp_path: Path, sent: signal.Signals) -> None:
-    large = texture(SIZE[1] + 20, SIZE[0] + 20, 3)
-    views = [large[2 * i : 2 * i + SIZE[1], 3 * i : 3 * i + SIZE[0]].copy() for i in range(6)]
-    write_camera_bag(tmp_path / "in", views * 300, stamps(1800), demo_camera(*SIZE))
+def test_an_interrupted_run_leaves_no_partial_file(
+    views: list[NDArray[np.uint8]], tmp_path: Path, sent: signal.Signals
+) -> None:
+    write_camera_bag(tmp_path / "in", views * 150, stamps(1800), demo_camera(*SIZE))
     files = ["--poses", "poses.txt", "--report", "page.html", *(["--rerun", "new.rrd"] if find_spec("rerun") else [])]
     (tmp_path / "page.html").write_text("of an earlier run")
     command = [sys.executable, "-m", "kpmatch_ros.cli", "bag", "in", "out", *files, *QUICK]

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Train on a GPU for some minutes, from packed shards. The same command continues from the checkpoints in RUN.
 #
-#   training/gpu_run.sh --minutes 20 --shards SHARDS --out RUN [--points-share 0.45] [--stage points|matching|both|distil|rank]
-#       [--start-points WEIGHTS] [--start-matching WEIGHTS] [-- OPTIONS OF train.py, distil.py OR rank.py]
+#   training/gpu_run.sh --minutes 20 --shards SHARDS --out RUN [--points-share 0.45]
+#       [--stage points|matching|both|distil|rank] [--start-points WEIGHTS] [--start-matching WEIGHTS]
+#       [-- OPTIONS OF train.py, distil.py OR rank.py]
 #
 # It needs the shards (training/prepare.py), PyTorch, NumPy and OpenCV, and fetches nothing. RUN holds the checkpoints
 # (*.pt), the averaged weights (*.weights.pt, also in parts of 15 MB) and the logs (*.jsonl). The stages points and
 # matching start from the shipped weights, or from those of --start-*. The stage distil makes the fast pair from the
-# full one. It starts from --start-*, or from random weights for points and a narrowed teacher for matching. The stage rank
-# trains which points of a SuperPoint are the best ones, with new views in every step.
+# full one. It starts from --start-*, or from random weights for points and a narrowed teacher for matching. The stage
+# rank trains which points of a SuperPoint are the best ones, with new views in every step.
 #
 # Batches are those of the recipe (README.md, runs.md): 16 pairs for points, 32 for matching, 8 for rank, and for distil 4
 # small pairs for points and 32 for matching. Options after -- replace them, in every stage that runs.

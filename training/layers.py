@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from views import HIDDEN, SIZE, VISIBLE, Photos, ViewPairs, apply, inside, resample
+from views import HIDDEN, SIZE, VISIBLE, Photos, ViewPairs, apply, inside, nearest, resample
 
 
 @dataclass
@@ -29,17 +29,11 @@ class Layered:
     size: tuple[int, int] = SIZE
 
     def places(self, points: Tensor, of: int) -> tuple[Tensor, Tensor]:
-        layers = self._labels(points, of)
+        layers = nearest(self.labels[of], points)
         mapped = torch.stack([apply(each, points) for each in self.homographies[of]])
         places = mapped.gather(0, layers[None, ..., None].expand(1, *points.shape))[0]
-        visible = inside(places, self.size) & (self._labels(places, 1 - of) == layers)
+        visible = inside(places, self.size) & (nearest(self.labels[1 - of], places) == layers)
         return places, torch.where(visible, VISIBLE, HIDDEN).to(torch.int8)
-
-    def _labels(self, points: Tensor, view: int) -> Tensor:
-        labels = self.labels[view]
-        limit = points.new_tensor(self.size) - 1
-        x, y = points.round().clamp(min=limit.new_zeros(2), max=limit).long().unbind(dim=-1)
-        return labels.flatten(1).gather(1, y * self.size[0] + x)
 
 
 class Layers:
@@ -68,15 +62,14 @@ class Layers:
         parallax = self.PARALLAX * size[0] * torch.rand(count, generator=draw, device=device)
         steps = torch.rand(count, self.LAYERS, generator=draw, device=device)
         nearness = (steps.cumsum(dim=1) - steps[:, :1]) / steps.sum(dim=1, keepdim=True)
-        _, _, cameras = self.photos.views(draw, count, size)  # the rotation and zoom that all layers share
-        common = cameras[1] @ torch.linalg.inv(cameras[0])
-        views = [torch.zeros(count, 1, size[1], size[0], device=device) for _ in cameras]
-        labels = [torch.zeros(count, size[1], size[0], dtype=torch.int64, device=device) for _ in cameras]
-        homographies = []
+        views = [torch.zeros(count, 1, size[1], size[0], device=device) for _ in range(2)]
+        labels = [torch.zeros(count, size[1], size[0], dtype=torch.int64, device=device) for _ in range(2)]
+        homographies: list[Tensor] = []
         for layer in range(self.LAYERS):
             images, sizes, moves = self.photos.views(draw, count, size)
-            displaced = self._displaced(draw, direction, nearness[:, layer] * parallax, size)
-            forth = common @ displaced
+            if layer == 0:
+                common = moves[1] @ torch.linalg.inv(moves[0])  # the rotation and zoom that all layers share
+            forth = common @ self._displaced(draw, direction, nearness[:, layer] * parallax, size)
             homographies.append(forth)
             shape = self._shapes(draw, count, images.shape[2:])
             for i, move in enumerate((moves[0], forth @ moves[0])):

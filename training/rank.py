@@ -135,6 +135,11 @@ class Learner:
             features = block(features)
         return features
 
+    @torch.no_grad()
+    def classes(self, kept: Kept) -> list[Tensor]:
+        """Return, for both views, the log probabilities (B, 65, H/8, W/8) of the classes of a cell."""
+        return [self.logits(self.encode(each.float())).log_softmax(dim=1) for each in kept.features]
+
     def logits(self, encoded: Tensor) -> Tensor:
         """Return the logits (B, 65, H/8, W/8) of the cells."""
         decoder = self.model.keypoint_decoder
@@ -189,18 +194,18 @@ def selected(scores: Tensor, valid: Tensor, count: int) -> Tensor:
     return (logs - threshold).sigmoid()
 
 
-def losses(student: Learner, reference: Learner, kept: Kept, count: int) -> dict[str, Tensor]:
+def losses(student: Learner, kept: Kept, before: list[Tensor], count: int) -> dict[str, Tensor]:
     """Return the loss ``total`` and its parts.
 
     Args:
-        reference: the network before the training, from whose distribution over the classes of a cell this one's should
-            not diverge.
+        before: for both views, the network's distributions before the training (:meth:`Learner.classes`), from which
+            it should not diverge.
         count: number of points to select.
 
     Returns:
         ``matches``: the expected number of matches among the selected points, relative to ``count``; a match counts
         less if its points are not exactly the same point of the scene. ``distance``: the mean distance of the points of
-        selected matches, pixels. ``divergence``: that of Kullback and Leibler from the reference, mean over cells.
+        selected matches, pixels. ``divergence``: that of Kullback and Leibler from ``before``, mean over cells.
         ``descriptors``: 1 - cosine of the candidates' descriptors before and now; 0 if the encoder does not learn.
     """
     encoded = [student.encode(each.float()) for each in kept.features]
@@ -217,9 +222,7 @@ def losses(student: Learner, reference: Learner, kept: Kept, count: int) -> dict
     seen = agreement.near * both.detach()
     divergence, change = logits[0].new_zeros(()), logits[0].new_zeros(())
     for i, each in enumerate(logits):
-        with torch.no_grad():
-            before = reference.logits(reference.encode(kept.features[i].float())).log_softmax(dim=1)
-        divergence = divergence + (before.exp() * (before - each.log_softmax(dim=1))).sum(dim=1).mean() / 2
+        divergence = divergence + (before[i].exp() * (before[i] - each.log_softmax(dim=1))).sum(dim=1).mean() / 2
         if student.blocks:
             maps = student.model.descriptor_decoder(encoded[i]), kept.descriptors[i].float()
             now, then = (sample_descriptors(each, views[i].points.detach()) for each in maps)
@@ -267,9 +270,10 @@ def train(arguments: argparse.Namespace) -> None:
     student = Student(name, model, arguments.rate)
     learner.freeze()
 
-    def batch(number: int) -> Kept:
+    def batch(number: int) -> tuple[Kept, list[Tensor]]:
         pairs = trained[number % len(trained)].pairs(settings.draw(1, number), settings.batch, settings.size)
-        return reference.keep(degrade_pairs(pairs, settings.draw(2, number), settings), pairs.geometry, settings)
+        kept = reference.keep(degrade_pairs(pairs, settings.draw(2, number), settings), pairs.geometry, settings)
+        return kept, reference.classes(kept)
 
     batches = Batches(batch, arguments.batches, settings)
     watched: list[tuple[str, Kept]] = []
@@ -277,7 +281,7 @@ def train(arguments: argparse.Namespace) -> None:
     def learn(step: int, progress: float) -> dict[str, float]:
         counts = arguments.keypoints
         chosen = int(torch.randint(len(counts), (), generator=settings.draw(4, step), device=device))
-        parts = losses(learner, reference, batches.of(step), max(1, int(counts[chosen] * area)))
+        parts = losses(learner, *batches.of(step), max(1, int(counts[chosen] * area)))
         student.step(parts["total"], rate(progress), step)
         return {f"{name} {key}": float(value.detach()) for key, value in parts.items()}
 

@@ -63,6 +63,14 @@ def inside(points: Tensor, size: tuple[int, int], margin: float = 0.0) -> Tensor
     return ((points >= margin) & (points <= limit)).all(dim=-1)
 
 
+def nearest(maps: Tensor, points: Tensor) -> Tensor:
+    """Return the values (B, N) of maps (B, H, W) at the pixels nearest to points (B, N, 2)."""
+    _, height, width = maps.shape
+    at = points.round().long()
+    x, y = at[..., 0].clamp(0, width - 1), at[..., 1].clamp(0, height - 1)
+    return maps.flatten(1).gather(1, y * width + x)
+
+
 def are_mutual(forth: Tensor, back: Tensor) -> Tensor:
     """Whether (B, N) the indices (B, N) of points of the other view lead back, by the other points' indices (B, M)."""
     return back.gather(1, forth) == torch.arange(forth.shape[1], device=forth.device)
@@ -284,11 +292,7 @@ class Spatial:
 
     def _farthest(self, view: int, pixels: Tensor) -> Tensor:
         """The largest depth within a sample of an image's pixel; a point behind it is certainly hidden."""
-        largest = F.max_pool2d(self.depths[view], 3, stride=1, padding=1)
-        batch, _, height, width = largest.shape
-        at = (pixels / self.step).round().long()
-        x, y = at[..., 0].clamp(0, width - 1), at[..., 1].clamp(0, height - 1)
-        return largest.view(batch, -1).gather(1, y * width + x)
+        return nearest(F.max_pool2d(self.depths[view], 3, stride=1, padding=1)[:, 0], pixels / self.step)
 
 
 class RoomViews:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kpmatch_ros.cli.bag import add_replay_options, chosen_topics, replay_parameters
-from kpmatch_ros.cli.common import CommandError, add_command, check_outputs
+from kpmatch_ros.cli.common import CommandError, add_command, check_outputs, option_of
 from kpmatch_ros.tables import format_table
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _archive(options: argparse.Namespace) -> int:
         raise CommandError(f"{options.target}: is inside {options.source}, and would be read too; choose another place")
     for name in ("cpus_per_bag", "gpus_per_bag"):
         if options.ray is None and vars(options)[name] is not None:
-            raise CommandError(f"--{name.replace('_', '-')}: applies only with --ray; give --ray too")
+            raise CommandError(f"{option_of(name)}: applies only with --ray; give --ray too")
     if options.cpus_per_bag == 0 and not options.gpus_per_bag:
         raise CommandError(
             "--cpus-per-bag 0: Ray would start all bags at once; give a larger number, or --gpus-per-bag too"

@@ -15,6 +15,7 @@ from kpmatch_ros.cli.common import (
     add_command,
     add_parameters,
     check_outputs,
+    option_of,
     utf8_path,
     warn_of_idle,
 )
@@ -206,5 +207,4 @@ def _check_topic_options(given: dict[str, Any], mode: str) -> None:
     foreign, own = (STEREO_TOPICS, "--image") if mode == "mono" else (MONO_TOPICS, "--left and --right")
     for name in foreign:
         if given[name] is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise CommandError(f"{option} {given[name]}: the mode is {mode}; name its images with {own}")
+            raise CommandError(f"{option_of(name)} {given[name]}: the mode is {mode}; name its images with {own}")

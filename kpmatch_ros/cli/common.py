@@ -33,6 +33,7 @@ __all__ = [
     "comma_separated",
     "image_size",
     "megabytes",
+    "option_of",
     "quiet_stderr",
     "read_image",
     "resized",
@@ -108,6 +109,11 @@ def warn_of_idle(parameters: Parameters, command: str) -> None:
         print(f"{command}: {text}", file=sys.stderr)
 
 
+def option_of(name: str) -> str:
+    """The option of a parameter: ``max_keypoints`` is ``--max-keypoints``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def add_parameter(group: Any, item: Declaration, default: Any) -> None:
     """Add an option with the parameter's name. `default` is its value if the option is not given."""
 
@@ -122,7 +128,7 @@ def add_parameter(group: Any, item: Declaration, default: Any) -> None:
     shown = f"{item.default:g}" if item.type is float else str(item.default).lower() or "none"
     notes = ["" if item.choices else item.constraint, item.unit, f"default {shown}"]
     help_text = f"{item.description} ({', '.join(note for note in notes if note)})".replace("%", "%%")
-    option = f"--{item.name.replace('_', '-')}"
+    option = option_of(item.name)
     if item.type is bool:
         group.add_argument(
             option, dest=item.name, action=argparse.BooleanOptionalAction, default=default, help=help_text

@@ -20,6 +20,7 @@ from kpmatch_ros.cli.common import (
     can_write_picture,
     check_outputs,
     comma_separated,
+    option_of,
     read_image,
     warn_of_idle,
     write_picture,
@@ -104,17 +105,13 @@ def add_match(commands: Any) -> None:
     add_parameters(parser, "matching options", MATCHING_OPTIONS)
 
 
-def _written(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
-
-
 def _match(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in vars(options).items() if name in MATCHING_OPTIONS}
     parameters = Parameters.given({**chosen, "refine": False})
     warn_of_idle(parameters, options.name)
     for option, needed in _NEEDS.items():
         if getattr(options, option) is not None and getattr(options, needed) is None:
-            raise CommandError(f"{_written(option)} needs {_written(needed)} too")
+            raise CommandError(f"{option_of(option)} needs {option_of(needed)} too")
     picture = options.save
     if picture is None and not options.json:
         picture = Path(f"{options.image_a.stem}_{options.image_b.stem}_matches.png")
@@ -125,8 +122,8 @@ def _match(options: argparse.Namespace) -> int:
     image_a, image_b = read_image(options.image_a), read_image(options.image_b)
     given = "" if options.save is None else "--save"
     check_outputs({given: picture}, [options.image_a, options.image_b], parameters)
-    lens = options.distortion_model or "plumb_bob", options.distortion or ()
-    lens1 = lens if options.distortion1 is None else (options.distortion_model1 or "plumb_bob", options.distortion1)
+    lens = options.distortion_model, options.distortion
+    lens1 = lens if options.distortion1 is None else (options.distortion_model1, options.distortion1)
     camera_a = _camera(image_a, options.intrinsics, *lens)
     camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, *lens1)
 
@@ -192,7 +189,10 @@ def _fitting(parameters: Parameters, images: dict[Path, NDArray[np.uint8]], comm
 
 
 def _camera(
-    image: NDArray[np.uint8], intrinsics: tuple[float, ...] | None, model: str, distortion: tuple[float, ...]
+    image: NDArray[np.uint8],
+    intrinsics: tuple[float, ...] | None,
+    model: str | None,
+    distortion: tuple[float, ...] | None,
 ) -> Camera | None:
     import numpy as np
 
@@ -204,7 +204,7 @@ def _camera(
     height, width = image.shape[:2]
     matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
     try:
-        return Camera(width, height, matrix, model, np.array(distortion))
+        return Camera(width, height, matrix, model or "plumb_bob", np.array(distortion or ()))
     except CalibrationError as error:
         raise CommandError(str(error)) from error
 
