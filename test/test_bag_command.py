@@ -476,3 +476,12 @@ def test_an_option_without_effect_is_reported(run: Run, bag: Path, tmp_path: Pat
     status, _, errors = run(bag, tmp_path / "out", *QUICK, "--keyframe-min-matches", 40)
     warning = "keyframe_min_matches is 40 and has no effect: it needs reference 'keyframe', which is 'previous'"
     assert status == 0 and f"kpmatch bag: {warning}\n" in errors
+
+
+def test_a_misspelt_parameter_in_a_file_is_named_and_the_bag_is_processed(run: Run, bag: Path, tmp_path: Path) -> None:
+    file = tmp_path / "matcher.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n")
+    status, _, err = run(bag, tmp_path / "out", *QUICK, "--params", file)
+    assert (status, err.count("\n")) == (0, 1), err
+    assert "'max_keypoint' does not exist and has no effect, did you mean max_keypoints?" in err
+    assert len(by_topic(tmp_path / "out")["/matches"]) == 5

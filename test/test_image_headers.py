@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from kpmatch_ros.imaging.image_headers import image_size, jpeg_end, jpeg_scans
 from kpmatch_ros.imaging.images import ImageError, to_array
@@ -107,17 +108,35 @@ TRAILERS: dict[str, bytes] = {
 }
 
 
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The data that the decoder was given."""
+    given: list[bytes] = []
+    decode = cv2.imdecode
+
+    def recording(data: NDArray[np.uint8], flags: int) -> Any:
+        given.append(data.tobytes())
+        return decode(data, flags)
+
+    monkeypatch.setattr(cv2, "imdecode", recording)
+    return given
+
+
 @pytest.mark.parametrize("trailer", TRAILERS)
 @pytest.mark.parametrize("progressive", [0, 1])
-def test_data_after_the_end_of_a_jpeg_is_ignored(kpmatch: Run, tmp_path: Path, trailer: str, progressive: int) -> None:
+def test_data_after_the_end_of_a_jpeg_never_reaches_the_decoder(
+    tmp_path: Path, decoded: list[bytes], trailer: str, progressive: int
+) -> None:
     data = encoded(".jpg", 41, 30, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
+    pixels = to_array(compressed(data))
     with_trailer = data + TRAILERS[trailer]
     assert jpeg_end(with_trailer) == len(data)
-    assert np.array_equal(to_array(compressed(with_trailer)), to_array(compressed(data)))
+    assert np.array_equal(to_array(compressed(with_trailer)), pixels)
     from kpmatch_ros.cli.common import read_image
 
     (tmp_path / "photo.jpg").write_bytes(with_trailer)
-    assert np.array_equal(read_image(tmp_path / "photo.jpg"), to_array(compressed(data)))
+    assert np.array_equal(read_image(tmp_path / "photo.jpg"), pixels)
+    assert decoded == [data] * 3
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9, 0.99])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import rclpy
-from bag_harness import Run
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
@@ -112,11 +111,3 @@ def test_a_parameter_file_without_a_section_for_the_node_is_named_in_the_log(tmp
         )
         node.wait_for(lambda: said in node.log, "the file name in the log")
         assert str(own) not in node.log
-
-
-def test_kpmatch_bag_warns_of_a_misspelt_parameter_and_continues(tmp_path: Path, kpmatch: Run) -> None:
-    file = tmp_path / "matcher.yaml"
-    file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n")
-    status, _, err = kpmatch("bag", tmp_path / "none", tmp_path / "out", "--params", file)
-    assert status == 2 and err.count("\n") == 2, "the warning, and that there is no bag"
-    assert "'max_keypoint' does not exist and has no effect, did you mean max_keypoints?" in err

@@ -427,6 +427,20 @@ def test_every_step_gets_a_new_batch_if_none_is_kept() -> None:
     assert set(batches.futures) <= {7, 8}
 
 
+def test_new_batches_replace_the_oldest_ones_that_are_kept() -> None:
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        made.append(number)
+        return number
+
+    batches = loop.Batches(make, 4, settings(), renewed=3)
+    for step in range(1, 61):
+        assert step // 3 <= batches.of(step) < step // 3 + 4
+        assert len(batches.futures) <= 4 + 1  # one more is prepared for the step after the next
+    assert len(made) == len(set(made)) > 15
+
+
 def test_an_error_while_making_a_batch_is_raised_by_the_step_that_needs_it() -> None:
     def make(number: int) -> int:
         raise ValueError("no such view")

@@ -224,10 +224,11 @@ class Batches(Generic[T]):
     Args:
         make: creates the batch of a number.
         count: number of different batches, which are kept and used again; 0 creates a new one for each step.
+        renewed: number of steps after which a new batch replaces the oldest one that is kept; 0 replaces none.
     """
 
-    def __init__(self, make: Callable[[int], T], count: int, settings: Settings) -> None:
-        self.make, self.count, self.seed = make, count, settings.seed
+    def __init__(self, make: Callable[[int], T], count: int, settings: Settings, renewed: int = 0) -> None:
+        self.make, self.count, self.renewed, self.seed = make, count, renewed, settings.seed
         self.ahead = AHEAD if settings.device.type == "cpu" else 0
         self.worker = ThreadPoolExecutor(1)
         self.futures: dict[int, Future[T]] = {}
@@ -243,13 +244,18 @@ class Batches(Generic[T]):
         batch = future.result()  # if it raises, for example for lack of memory, the batch is not kept
         if self.count:
             self.futures[number] = future
+        oldest = self._oldest(step)
+        self.futures = {number: future for number, future in self.futures.items() if number >= oldest}
         return batch
 
     def _number(self, step: int) -> int:
         if not self.count:
             return step
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return int(torch.randint(self.count, (), generator=draw))
+        return self._oldest(step) + int(torch.randint(self.count, (), generator=draw))
+
+    def _oldest(self, step: int) -> int:
+        return step // self.renewed if self.renewed else 0
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

@@ -275,7 +275,7 @@ def train(arguments: argparse.Namespace) -> None:
         kept = reference.keep(degrade_pairs(pairs, settings.draw(2, number), settings), pairs.geometry, settings)
         return kept, reference.classes(kept)
 
-    batches = Batches(batch, arguments.batches, settings)
+    batches = Batches(batch, arguments.batches, settings, arguments.renewed)
     watched: list[tuple[str, Kept]] = []
 
     def learn(step: int, progress: float) -> dict[str, float]:
@@ -329,6 +329,9 @@ def main(argv: list[str] | None = None) -> None:
         "--blocks", type=int, choices=(0, 1), default=0, help="number of the encoder's blocks that learn, from the last"
     )
     parser.add_argument("--batches", type=int, default=60, help="number of batches kept and reused; 0: none")
+    parser.add_argument(
+        "--renewed", type=int, default=0, help="steps after which a new batch replaces the oldest one; 0: none"
+    )
     parser.add_argument("--rate", type=float, default=5e-5, help="largest learning rate (default: %(default)s)")
     train(parser.parse_args(argv))
 
