@@ -72,9 +72,9 @@ class Twice:
     def __init__(self) -> None:
         self.poses: dict[str, RelativePose] = {}
 
-    def __call__(self, *matches: Any, readout: float, prior: Any, **options: Any) -> RelativePose:
-        self.poses = {"global": estimate_relative_pose(*matches, prior=prior, **options)}
-        self.poses["rolling"] = estimate_relative_pose(*matches, prior=prior, readout=readout, **options)
+    def __call__(self, *matches: Any, readout: float, before: Any, **options: Any) -> RelativePose:
+        self.poses = {"global": estimate_relative_pose(*matches, **options)}
+        self.poses["rolling"] = estimate_relative_pose(*matches, readout=readout, before=before, **options)
         return self.poses["rolling"]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.frames import Frame, Pair
-from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import (
     INDEPENDENT_POINTS,
     REFINABLE,
@@ -32,10 +32,10 @@ _LARGEST_INTERVAL_RATIO = 2.5
 
 
 class FrameMotion:
-    """Estimates motions between frames, and remembers the last reliable one as a prior."""
+    """Estimates motions between frames, and remembers the last one if it is certain."""
 
     def __init__(self) -> None:
-        # The last motion if its status is OK: its end frame, its duration in nanoseconds, and the motion.
+        # The last motion if it is certain: its end frame, its duration in nanoseconds, and the motion.
         self._last: tuple[Frame, int, Motion] | None = None
 
     def forget(self) -> None:
@@ -45,7 +45,7 @@ class FrameMotion:
     def remember(self, pair: Pair) -> None:
         """Remember the motion of a pair as the last one. Its current frame becomes the reference of the next pair."""
         self._last = None
-        if pair.pose.status is PoseStatus.OK:
+        if pair.pose.status.is_certain:
             motion = Motion(pair.pose.rotation, pair.pose.translation)
             self._last = pair.current, pair.current.stamp - pair.reference.stamp, motion
 
@@ -80,14 +80,16 @@ class FrameMotion:
         options |= {
             "keypoint_resolution": REFINED_RESOLUTION if refined else resolution,
             "independent_points": INDEPENDENT_POINTS if refined else math.inf,
-            "prior": self._prior(reference, current) if parameters.motion_prior else None,
         }
+        before = self._before(reference, current)
+        if before is not None and before.translation.any() and parameters.motion_prior:
+            options["prior"] = before
         points0, points1 = exact.reference_points, exact.points
         sigmas = exact.pair_sigmas if refined else None
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
             readout = _readout(reference, current, parameters.readout_time)
-            options |= {"sigmas": sigmas, "decisive": decisive, "readout": readout}
+            options |= {"sigmas": sigmas, "decisive": decisive, "readout": readout, "before": before}
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
         right_points0 = right0.beside(exact.indices[:, 0], points0)
         right_points1 = right1.beside(exact.indices[:, 1], points1)
@@ -100,7 +102,7 @@ class FrameMotion:
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
         )
 
-    def _prior(self, reference: Frame, current: Frame) -> Motion | None:
+    def _before(self, reference: Frame, current: Frame) -> Motion | None:
         """Return the previous motion, scaled to this interval, if it ended at the reference and took about as long."""
         if self._last is None:
             return None

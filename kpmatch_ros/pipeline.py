@@ -15,7 +15,7 @@ import numpy as np
 from kpmatch_ros import match_request, messages
 from kpmatch_ros.events import Events
 from kpmatch_ros.feature_matcher import LARGEST_IMAGE
-from kpmatch_ros.frames import Result, StereoPair
+from kpmatch_ros.frames import Frame, Result, StereoPair
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
@@ -51,6 +51,7 @@ result does not depend on timing, and every replay gives the same output."""
 # may still be resending the partner, and no pose should depend on how long that takes.
 _UNPAIRED_AFTER = {"latest": 0.5, "all": 5.0}
 _UNPAIRED_INTERVAL = 1.0  # least seconds between two such poses
+_MASKED = 0.5  # share of an image under its mask, above which the mask may be why there are few keypoints
 
 
 class Pipeline:
@@ -118,6 +119,7 @@ class Pipeline:
         self._reported_unpaired = None
         self._stamps = [None] * len(self._topics)
         self._stretches = [Stretch() for _ in self._topics]
+        self._events.matched("")  # the time before does not count
 
     @property
     def transforms(self) -> StaticTransforms:
@@ -212,10 +214,10 @@ class Pipeline:
         self._report_unpaired(self.synchroniser.waiting)
 
     def watch(self, now: float) -> Any:
-        """Check for a silent camera of a stereo pair. To be called about ten times a second.
+        """Check for images of a stereo pair that find no partners. To be called about ten times a second.
 
-        A subscriber should not wait for a pose that cannot come. So while one camera is silent, this returns the other
-        camera's newest image, for :meth:`interrupt`.
+        A subscriber should not wait for a pose that cannot come. So while one camera is silent, or the stamps of the
+        two do not fit, this returns the newest image without a partner, for :meth:`interrupt`.
 
         Args:
             now: seconds of any clock.
@@ -225,14 +227,14 @@ class Pipeline:
             otherwise.
         """
         self.synchroniser.wait(now)
-        for side in range(len(self._topics)):
-            silent = self.synchroniser.silent(side, _UNPAIRED_AFTER[self._parameters.queue])
-            alone = self.synchroniser.newest(1 - side)
-            due = silent and abs(now - self._unpaired_found_at) >= _UNPAIRED_INTERVAL  # abs: a clock may jump back
-            if due and alone is not None and alone is not self._reported_unpaired:
-                self._unpaired_found_at = now
-                return alone
-        return None
+        if not self.synchroniser.is_unpaired(_UNPAIRED_AFTER[self._parameters.queue]):
+            return None
+        alone = self.synchroniser.newest
+        due = abs(now - self._unpaired_found_at) >= _UNPAIRED_INTERVAL  # abs: a clock may jump back
+        if not due or alone is None or alone is self._reported_unpaired:
+            return None
+        self._unpaired_found_at = now
+        return alone
 
     # Processing
 
@@ -358,18 +360,32 @@ class Pipeline:
                 "an image is blurred over tens of pixels more than the one it is matched with, so the positions of "
                 "its points are unknown, and it has no pose: shorten the exposure, or light the scene",
             )
-        least, keypoints = self.front_end.parameters.min_inliers, len(result.frame.keypoints)
-        matches = None if result.pair is None else len(result.pair.indices)
-        if keypoints >= least and (matches is None or matches >= least):
-            if matches is not None:
-                self._events.matched("")
-            return
-        stretch = self._stretches[0]
-        looks = appearance(result.frame.image, stretch.used)
-        if looks and stretch.used is not None and not stretch.enabled:
-            looks += ": set stretch to auto"
-        looks = looks or "the images have contrast, but two of them have too little in common"
-        self._events.matched(f"{keypoints} keypoints and {matches or 0} matches per frame; {looks}")
+        least, keypoints, pair = self.front_end.parameters.min_inliers, len(result.frame.keypoints), result.pair
+        matches = 0 if pair is None else len(pair.indices)
+        # With few keypoints, tracks may still give a pose.
+        if pair is not None and (pair.pose.is_placed or (keypoints >= least and matches >= least)):
+            self._events.matched("")
+        elif keypoints < least or (pair is not None and matches < least):
+            reason = self._why_few(result.frame)
+            self._events.matched(f"{keypoints} keypoints and {matches} matches per frame; {reason}")
+
+    def _why_few(self, frame: Frame) -> str:
+        """Return the likeliest reason why a frame has too few keypoints or matches for a pose."""
+        parameters, stretch = self.front_end.parameters, self._stretches[0]
+        if looks := appearance(frame.image, stretch.used):
+            return looks + (": set stretch to auto" if stretch.used is not None and not stretch.enabled else "")
+        if parameters.max_keypoints < parameters.min_inliers:
+            return (
+                f"max_keypoints ({parameters.max_keypoints}) is below min_inliers ({parameters.min_inliers}): with so "
+                "few points there is no pose"
+            )
+        if len(frame.keypoints) >= parameters.min_inliers:
+            return "the images have contrast, but two of them have too little in common"
+        if frame.mask is not None and (hidden := float((frame.mask == 0).mean())) > _MASKED:
+            return f"the mask hides {100 * hidden:.0f} % of the image"
+        if parameters.keypoint_threshold > 0:
+            return f"keypoint_threshold is {parameters.keypoint_threshold:g}: -1 uses the value made for the weights"
+        return "the images have contrast, but few points that stand out: they may be blurred"
 
     def _check_stereo(self, stereo: StereoPair) -> None:
         status, agree = stereo.agreement.status, stereo.agreement.agree

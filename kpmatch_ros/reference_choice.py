@@ -34,6 +34,8 @@ class ReferenceChoice:
             return True  # with an uncalibrated reference, no later frame would have a pose
         if pair.smeared == _REFERENCE:
             return True
+        if len(pair.reference.keypoints) < parameters.min_inliers <= len(pair.current.keypoints):
+            return True  # the reference shows nothing, so no later image can match it
         if self._is_lost and not was_lost:
             return False  # the image may be blurred or covered: the next one may match the present reference again
         if parameters.reference == "previous" or len(pair.indices) < parameters.keyframe_min_matches:

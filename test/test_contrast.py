@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
-from kpmatch_ros.bags import image_message
+from kpmatch_ros.bags import camera_info_message, image_message
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.imaging.contrast import Stretch, appearance
@@ -19,6 +21,7 @@ from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.pipeline import Pipeline
 from kpmatch_ros.ros.monitor import Monitor, Problem
 from kpmatch_ros.weights import WeightsError
+from simulation import demo_camera
 
 
 def thermal_image(view: np.ndarray, span: int = 600, level: int = 7000) -> np.ndarray:
@@ -101,19 +104,75 @@ class MonitorWithClock(Monitor):
         super().__init__(clock=lambda: self.now)
 
 
-def test_frames_without_matches_for_a_second_are_reported_with_their_appearance(views: list[np.ndarray]) -> None:
-    parameters = Parameters(matcher="nearest", device="cpu", precision="float32", max_keypoints=128)
+def reports(images: Iterable[np.ndarray], parameters: Parameters, **changes: Any) -> list[list[str]]:
+    """Return what is reported after each image, two of them a second; parameters change after the third one."""
     monitor = MonitorWithClock()
     front_end = FrontEnd(parameters)
     pipeline = Pipeline(front_end, ["/image"], lambda *_: None, lambda _: False, monitor, lambda *_, **__: _message())
-    reported = []
-    for number, pixels in enumerate([views[0], *[np.zeros_like(views[0])] * 4, views[1], views[2]]):
+    found = []
+    for number, pixels in enumerate(images):
+        if number == 3:
+            pipeline.configure(parameters.replace(changes))
         monitor.now = 0.5 * number
-        pipeline.process([image_message(pixels, (number + 1) * 500_000_000, "", "mono8")])
-        reported.append([problem.explanation for problem in monitor.problems()])
+        height, width = pixels.shape[:2]
+        stamp = (number + 1) * 500_000_000
+        pipeline.add_info(0, camera_info_message(demo_camera(width, height), stamp, ""))
+        pipeline.process([image_message(pixels, stamp, "", "mono8")])
+        found.append([problem.explanation for problem in monitor.problems()])
+    return found
+
+
+QUICK = Parameters(matcher="nearest", device="cpu", precision="float32", max_keypoints=128)
+
+
+def test_frames_without_matches_for_a_second_are_reported_with_their_appearance(views: list[np.ndarray]) -> None:
+    reported = reports([views[0], *[np.zeros_like(views[0])] * 4, views[1], views[2]], QUICK)
     assert reported[:3] == [[]] * 3 and not reported[-1]
     (text,) = reported[4]
     assert "nothing has matched for 2 s" in text and "0 keypoints" in text and "all dark" in text
+
+
+def corner(folder: Path) -> str:
+    """A mask that leaves only the corner of an image."""
+    mask = np.zeros((120, 160), np.uint8)
+    mask[:20, :20] = 255
+    cv2.imwrite(str(folder / "mask.png"), mask)
+    return str(folder / "mask.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_keypoints": 12}, "max_keypoints (12) is below min_inliers (15)"),
+        ({"min_inliers": 150}, "max_keypoints (128) is below min_inliers (150)"),
+        ({"keypoint_threshold": 0.999}, "keypoint_threshold is 0.999"),
+        ({"mask": "corner"}, "the mask hides 98 % of the image"),
+        ({"smooth": True}, "they may be blurred"),
+    ],
+)
+def test_the_reason_why_nothing_matches_is_named(
+    views: list[np.ndarray], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    images, changes = [*views, *views[:2]], dict(changes)
+    if changes.pop("smooth", False):
+        images = [np.tile(np.linspace(0, 255, 160).astype(np.uint8), (120, 1))] * 5
+    if "mask" in changes:
+        changes["mask"] = corner(tmp_path)
+    (text,) = reports(images, QUICK.replace(changes))[-1]
+    assert "nothing has matched for 2 s" in text and said in text
+
+
+def test_nothing_is_reported_if_tracks_give_poses_although_few_keypoints_are_detected(walk: list[np.ndarray]) -> None:
+    grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in walk[:7]]
+    assert reports(grey, QUICK.replace({"max_keypoints": 256}), keypoint_threshold=0.999) == [[]] * 7
+
+
+def test_a_dark_frame_before_an_activation_does_not_count_after_it() -> None:
+    monitor = MonitorWithClock()
+    for monitor.now in (0.0, 600.0):
+        Pipeline(FrontEnd(QUICK), ["/image"], lambda *_: None, lambda _: False, monitor).restart()
+        monitor.matched("dark")
+        assert monitor.problems() == []
 
 
 def _message() -> Any:

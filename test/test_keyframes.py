@@ -123,6 +123,11 @@ def test_one_frame_without_a_pose_does_not_become_the_reference() -> None:
     assert found == [("FAILED", 1), ("NO_TRANSLATION", 1), ("NO_TRANSLATION", 3)]
 
 
+def test_the_first_frame_is_replaced_at_once_if_it_shows_nothing() -> None:
+    found = statuses_and_references([0, 0.1, 0.2], [PIXELS[:3], PIXELS, PIXELS])
+    assert found == [("TOO_FEW_MATCHES", 1), ("NO_TRANSLATION", 2)]
+
+
 def test_the_second_consecutive_frame_without_a_pose_becomes_the_reference() -> None:
     found = statuses_and_references([0, 0.1, 0.2, 0.3, 0.4], [PIXELS, OTHER, OTHER, OTHER, PIXELS])
     assert found == [("FAILED", 1), ("FAILED", 1), ("NO_TRANSLATION", 3), ("FAILED", 4)]
@@ -138,7 +143,7 @@ def test_the_motion_prior_survives_a_skipped_frame_but_is_not_used_with_a_keyfra
             front_end.register_frame(NOTHING, round(number * 1e9 / 30), CAMERA)
         return list(priors)
 
-    def noticed(*points: Any, prior: Any, **options: Any) -> Any:
+    def noticed(*points: Any, prior: Any = None, **options: Any) -> Any:
         priors.append(prior is not None)
         return estimate_relative_pose(*points, prior=prior, **options)
 

@@ -117,7 +117,20 @@ def test_a_camera_is_not_silent_because_this_process_was_delayed() -> None:
     assert not synchroniser.silent(RIGHT)
     for tenth in range(5):
         synchroniser.wait(5.1 + 0.1 * tenth)
-    assert synchroniser.silent(RIGHT) and synchroniser.newest(LEFT) == "" and synchroniser.newest(RIGHT) is None
+    assert synchroniser.silent(RIGHT) and synchroniser.newest == ""
+
+
+def test_cameras_are_unpaired_if_both_send_images_but_none_fit() -> None:
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
+    for tenth in range(10):
+        feed(synchroniser, (LEFT, 100 * tenth), (RIGHT, 100 * tenth + 20))
+        synchroniser.wait(0.1 * tenth)
+        assert not synchroniser.silent(LEFT) and not synchroniser.silent(RIGHT)
+        assert synchroniser.is_unpaired(0.45) == (tenth >= 5)
+    assert synchroniser.newest == "L900"
+    feed(synchroniser, (LEFT, 1000), (RIGHT, 1000))
+    synchroniser.wait(2.0)
+    assert not synchroniser.is_unpaired(0.0) and synchroniser.newest is None
 
 
 def test_images_of_a_delayed_camera_are_still_paired() -> None:

@@ -225,6 +225,18 @@ def test_unpaired_images_are_reported_at_most_once_a_second() -> None:
     assert all(message.header.frame_id == "left" for _, message in heard.messages)
 
 
+@pytest.mark.parametrize("offset", [20_000_000, 1000 * SECOND])
+def test_images_whose_stamps_never_fit_are_reported_once_a_second(offset: int) -> None:
+    pipeline, heard = make("/left/image", "/right/image")
+    for tenth in range(31):
+        stamp = SECOND + tenth * SECOND // 10
+        assert pipeline.add_image(0, image(stamp, "left")) is None
+        assert pipeline.add_image(1, image(stamp + offset, "right")) is None
+        watch(pipeline, 0.1 * tenth)
+    assert 2 <= len(heard.messages) <= 3
+    assert heard.statuses == [PoseStatus.INTERRUPTED] * len(heard.messages)
+
+
 def test_with_queue_all_an_unpaired_image_is_reported_only_after_about_five_seconds() -> None:
     pipeline, heard = make("/left/image", "/right/image", queue="all")
     pipeline.add_image(0, image(SECOND, "left"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ from two_view_scenes import CAMERA, DRONE, check
 from kpmatch_ros import frame_motion
 from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.frame_motion import FrameMotion
+from kpmatch_ros.frames import Frame, Pair
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion
 from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.tracking.tracks import Links
 
 READOUT = 0.3
 
@@ -38,6 +42,15 @@ class Ride:
         bent = time * (time - 1) / 2
         turn = np.outer(time, self.turn) + np.outer(bent, self.turn_changes)
         return Rotation.from_rotvec(turn), np.outer(time, self.way) + np.outer(bent, self.way_changes)
+
+    @property
+    def before(self) -> Ride:
+        """The same camera's motion in the interval before, as if it had been constant."""
+        turn, way = (
+            tuple(np.subtract(now, change))
+            for now, change in ((self.turn, self.turn_changes), (self.way, self.way_changes))
+        )
+        return Ride(turn, way, camera=self.camera)
 
     def motion(self, start: float) -> Motion:
         """Return the motion from a time to one interval later."""
@@ -87,10 +100,10 @@ BENT = Ride(turn_changes=(0.003, -0.004, 0.002), way_changes=(-0.01, 0.004, 0.01
 
 
 @pytest.mark.parametrize("ride", [BENT, Ride(camera=DRONE, turn=(0.0, -0.04, 0.02), turn_changes=(0.0, 0.004, 0.0))])
-def test_the_readout_time_and_a_prior_correct_poses_for_a_rolling_shutter(ride: Ride) -> None:
+def test_the_readout_time_and_the_motion_before_correct_poses_for_a_rolling_shutter(ride: Ride) -> None:
     corrected, uncorrected = (
         np.array(
-            [errors(estimate(ride, seed, prior=ride.motion(-1), readout=readout), ride.motion(0)) for seed in range(8)]
+            [errors(estimate(ride, seed, before=ride.motion(-1), readout=readout), ride.motion(0)) for seed in range(8)]
         )
         for readout in (READOUT, 0.0)
     )
@@ -99,7 +112,7 @@ def test_the_readout_time_and_a_prior_correct_poses_for_a_rolling_shutter(ride: 
     assert np.median(corrected[:, 1]) < np.median(uncorrected[:, 1])
 
 
-def test_without_a_prior_the_motion_is_assumed_to_be_constant() -> None:
+def test_without_a_motion_before_the_motion_is_assumed_to_be_constant() -> None:
     # The motion is constant in the camera's frame, as for a robot in a curve. On the parabola it changes slightly.
     ride = Ride(way_changes=tuple(np.cross(STRAIGHT.turn, STRAIGHT.way)))
     found = np.array([errors(estimate(ride, seed, readout=READOUT), ride.motion(0)) for seed in range(8)])
@@ -133,9 +146,51 @@ def test_random_points_give_a_valid_pose_or_none_and_never_an_error(seed: int) -
     points = random.uniform(-200, 900, (2, 60, 2))
     points[random.random((2, 60)) < 0.1] = np.nan
     points[1, :30] = points[0, :30] + random.normal(0, 0.1, (30, 2))
-    prior = Motion(Rotation.random(random_state=seed).as_matrix(), np.array([0.0, 0.0, float(seed % 2)]))
-    for before in (None, prior):
-        check(estimate_relative_pose(*points, CAMERA, CAMERA, readout=1.0, prior=before), 60)
+    last = Motion(Rotation.random(random_state=seed).as_matrix(), np.array([0.0, 0.0, float(seed % 2)]))
+    for before in (None, last):
+        check(estimate_relative_pose(*points, CAMERA, CAMERA, readout=1.0, before=before), 60)
+
+
+def followed(ride: Ride, seed: int, **changes: Any) -> RelativePose:
+    """Return the pose of a pair, given the frames and the camera motion of the pair before it, which was constant."""
+    random = np.random.default_rng(seed)
+    frames = [cast(Frame, SimpleNamespace(camera=CAMERA, right=None, stamp=number * 10**8)) for number in range(3)]
+    motion, parameters = FrameMotion(), Parameters(readout_time=0.1 * READOUT, **changes)
+    for number, each in enumerate((ride.before, ride)):
+        points0, points1 = each.matches(READOUT, seed)
+        count = len(points0)
+        links = Links(
+            indices=np.tile(np.arange(count)[:, None], 2),
+            reference_points=points0,
+            points=points1,
+            sigmas=np.full(count, 0.05),
+            pair_sigmas=np.full(count, 0.07),
+            scores=random.random(count),
+            track_ids=np.arange(count, dtype=np.uint64),
+            refined=np.ones(count, bool),
+        )
+        pose = motion.estimate(frames[number], frames[number + 1], links, parameters, 1.0)
+        pair = SimpleNamespace(pose=pose, reference=frames[number], current=frames[number + 1])
+        motion.remember(cast(Pair, pair))
+    return pose
+
+
+def test_a_camera_that_turns_back_on_the_spot_gets_no_translation_and_the_correct_rotation() -> None:
+    ride = Ride(way=(0.0, 0.0, 0.0), turn=(0.0, -0.02, 0.0), turn_changes=(0.0, -0.04, 0.0))
+    for seed in range(6):
+        pose = followed(ride, seed)
+        assert pose.status is PoseStatus.NO_TRANSLATION
+        turn = Rotation.from_matrix(pose.rotation @ ride.motion(0).rotation.T).as_rotvec()
+        assert np.degrees(np.linalg.norm(turn)) < 0.01
+        assert turn @ np.linalg.solve(pose.covariance[3:, 3:], turn) < 12  # the 99 % point is 11.3
+
+
+def test_motion_prior_has_no_effect_on_the_model_of_the_shutter() -> None:
+    for seed in range(4):
+        poses = [followed(BENT, seed, motion_prior=prior) for prior in (True, False)]
+        assert poses[0].status is poses[1].status is PoseStatus.OK
+        assert np.array_equal(poses[0].rotation, poses[1].rotation)
+        assert errors(poses[0], BENT.motion(0))[0] < 0.02
 
 
 @pytest.mark.parametrize(

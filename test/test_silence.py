@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rclpy
+from domain_coordinator import domain_id
+from numpy.typing import NDArray
+from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
+from kpmatch_ros.msg import MatchArray
 from kpmatch_ros.parameter_file import read_parameter_file, without_effect
+from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.ros.inputs import Inputs
 from node_harness import SMALL, running_node
 
 
@@ -111,3 +119,49 @@ def test_a_parameter_file_without_a_section_for_the_node_is_named_in_the_log(tmp
         )
         node.wait_for(lambda: said in node.log, "the file name in the log")
         assert str(own) not in node.log
+
+
+def picture(pixels: NDArray[np.uint8], stamp: int) -> Image:
+    height, width = pixels.shape
+    message = Image(encoding="mono8", height=height, width=width, step=width, data=pixels.tobytes())
+    message.header.stamp.nanosec = stamp % 10**9
+    message.header.stamp.sec = stamp // 10**9
+    return message
+
+
+@pytest.mark.parametrize("queue", ["latest", "all"])
+def test_a_calibration_publisher_that_appears_later_and_sends_nothing_does_not_stop_the_frames(
+    tmp_path: Path, queue: str
+) -> None:
+    with running_node(tmp_path, calibrated=False, queue=queue, **SMALL) as node:
+        node.wait_until_connected()
+        arrived: list[float] = []
+        node.subscribe(MatchArray, "matches", lambda _: arrived.append(time.monotonic()))
+        texture = np.random.default_rng(0).integers(0, 256, (48, 64), np.uint8)
+        silent, number = None, 0
+        while silent is None or time.monotonic() < silent + 3:
+            number += 1
+            node.images.publish(picture(texture, number * 50_000_000))
+            node.spin(0.05)
+            if silent is None and len(arrived) > 10 and arrived[-1] > arrived[0] + 2:
+                node.node.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=10))
+                silent = time.monotonic()
+        assert max(np.diff([each for each in arrived if each > silent - 1])) < 0.9
+
+
+def test_a_camera_counts_as_silent_after_two_seconds_once_the_node_is_active_again() -> None:
+    with domain_id() as domain:
+        context = rclpy.Context()
+        rclpy.init(context=context, domain_id=domain)
+        node = LifecycleNode("matcher", context=context)
+        inputs = Inputs(node, Parameters(), *[lambda *_: None] * 4)
+        inputs.subscribe()
+        (camera,) = inputs._cameras  # noqa: SLF001
+        for now in (0.0, 20.0, 40.0):
+            camera.receive(now)
+        assert camera.silent_after == 60.0, "three intervals"
+        inputs.unsubscribe()
+        inputs.subscribe()
+        assert camera.silent_after == 2.0, "the driver may have changed since"
+        node.destroy_node()
+        rclpy.shutdown(context=context)

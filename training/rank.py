@@ -267,6 +267,8 @@ def train(arguments: argparse.Namespace) -> None:
     model.config["nms_radius"] = arguments.nms_radius
     learner = Learner(model, arguments.blocks)
     reference = learner.of(copy.deepcopy(model).requires_grad_(False).eval())
+    if device.type == "cpu" and settings.precision is None:
+        reference.model.use_compiled(torch.float32)  # a third of PyTorch's time, where the package has been built
     student = Student(name, model, arguments.rate)
     learner.freeze()
 

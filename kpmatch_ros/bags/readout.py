@@ -103,6 +103,7 @@ class ReadoutSearch:
             keypoint_resolution=REFINED_RESOLUTION,
             prior=before,
             readout=readout,
+            before=before,
         )
         if pose.status is not PoseStatus.OK:
             return None, math.inf

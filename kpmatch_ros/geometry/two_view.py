@@ -89,6 +89,7 @@ def estimate_relative_pose(
     sigmas: np.ndarray | None = None,
     decisive: np.ndarray | None = None,
     readout: float = 0.0,
+    before: Motion | None = None,
 ) -> RelativePose:
     """Pose of the current camera in the reference camera's optical frame, from matched keypoints.
 
@@ -130,8 +131,10 @@ def estimate_relative_pose(
         decisive: (M,) bool, the matches that the pose is estimated from, if some are more reliable or more precise.
             The others can be inliers of this pose. If the decisive matches give no pose, all matches are used.
         readout: with a rolling shutter, the time to read the rows of one image, as a part of the time between the two
-            images; 0 for a global shutter. The pose is the motion between the middle rows. The prior gives the change
-            of the rotation and the translation (see :mod:`kpmatch_ros.geometry.rolling_shutter`).
+            images; 0 for a global shutter. The pose is the motion between the middle rows.
+        before: with a rolling shutter, the motion between the two preceding images, over the same time; None if
+            unknown. It gives the change of the rotation and the translation (see
+            :mod:`kpmatch_ros.geometry.rolling_shutter`).
 
     Returns:
         The pose, or the reason why there is none.
@@ -173,6 +176,7 @@ def estimate_relative_pose(
             sigmas=None if sigmas is None else sigmas[copies[0]],
             decisive=None if decisive is None else decisive[copies[0]],
             readout=readout,
+            before=before,
         )
         return pose.for_copies(copies[1])
     matches, usable = normalise_matches(points0, points1, camera0, camera1)
@@ -193,13 +197,16 @@ def estimate_relative_pose(
         solution = _estimate_either(deciding, problem)
     else:
         times = reading_times(points0[usable], points1[usable], camera0, camera1, readout)
-        last = prior
-        for _ in range(_READOUT_ITERATIONS):
-            if last is not None:
-                problem = problem._replace(matches=read_at_once(matches, times, last, prior))
+        motion = before
+        for number in range(_READOUT_ITERATIONS):
+            if motion is not None:
+                problem = problem._replace(matches=read_at_once(matches, times, motion, before))
             solution = _estimate_either(deciding, problem)
-            before, last = last, solution.motion
-            if last is None or (before is not None and np.abs(distance(before, last)).max() * readout < _SETTLED):
+            if number == 0 and before is not None and solution.motion is None:
+                # The camera may have turned back, so that too few matches fit the motion before.
+                solution = _estimate_either(deciding, problem._replace(matches=matches))
+            assumed, motion = motion, solution.motion
+            if motion is None or (assumed is not None and np.abs(distance(assumed, motion)).max() * readout < _SETTLED):
                 break
     inliers, undecided = (spread_out(mask, usable) for mask in (solution.inliers, solution.undecided))
     if solution.motion is None or solution.inliers is None:

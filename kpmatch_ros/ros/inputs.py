@@ -31,6 +31,7 @@ __all__ = ["Inputs"]
 _SILENT_AFTER, _SILENT_INTERVALS, _SILENT_AT_MOST = 2.0, 3.0, 60.0
 # Seconds that the first frame waits for a camera_info if there is a publisher. A replay (queue: all) can wait longer.
 _CALIBRATION_WAIT = {"latest": 1.0, "all": 10.0}
+_KNOWN_AFTER = 1.0  # seconds after the first frame; by then all publishers of its driver are known
 
 # For the type of the image subscription: the other image type, and the image_transport that receives it.
 _OTHER_TRANSPORT = {
@@ -123,6 +124,7 @@ class Inputs:
         self._senders = Senders()
         self._subscribed_at = 0.0
         self._calibrated = threading.Event()
+        self._first_frame_at: float | None = None  # monotonic seconds
 
     @property
     def topics(self) -> list[str]:
@@ -150,8 +152,10 @@ class Inputs:
         self._warned.clear()
         self._subscribed_at = time.monotonic()
         self._calibrated.clear()
+        self._first_frame_at = None
         for camera in self._cameras:
             camera.informed, camera.arrived = False, None  # the driver may have changed since
+            camera.intervals.clear()
         try:
             self._create()
         except BaseException:
@@ -223,11 +227,19 @@ class Inputs:
                 )
 
     def wait_for_calibration(self) -> None:
-        """Wait once for the first calibration, if all camera_infos have publishers. For the inference thread."""
-        if not self._calibrated.is_set() and all(
-            self._node.count_publishers(camera.info_topic) for camera in self._cameras
-        ):
+        """Wait once for the first calibration, if all camera_infos have publishers. For the inference thread.
+
+        A publisher that appears later must not stop the frames.
+        """
+        if self._calibrated.is_set():
+            return
+        now = time.monotonic()
+        if self._first_frame_at is None:
+            self._first_frame_at = now
+        if all(self._node.count_publishers(camera.info_topic) for camera in self._cameras):
             self._calibrated.wait(_CALIBRATION_WAIT[self._parameters.queue])
+            self._calibrated.set()
+        elif now - self._first_frame_at > _KNOWN_AFTER:
             self._calibrated.set()
 
     @property

@@ -107,6 +107,7 @@ class Monitor:
         """Count an interruption of the sequence, after which features and tracks were discarded."""
         with self._lock:
             self._interruptions += 1
+            self._no_matches = None
             self._fail("interruption", explanation)
 
     def pose(self, status: PoseStatus) -> None:

@@ -57,6 +57,8 @@ class MaskSynchroniser(Generic[Item]):
         self._masks: list[deque[_Mask]] = [deque() for _ in range(cameras)]
         self._held = [0] * cameras  # bytes of the waiting masks
         self._taken: list[int | None] = [None] * cameras  # stamp of the last processed image
+        # Stamp of the last image before time went back, until an image of the new time has found its mask.
+        self._before: list[int | None] = [None] * cameras
         # Stamp of the last mask that was taken, or of the first image without a mask at the start or after time went
         # back.
         self._given: list[int | None] = [None] * cameras
@@ -108,6 +110,10 @@ class MaskSynchroniser(Generic[Item]):
             taken, self._taken[camera] = self._taken[camera], stamp
             if taken is not None:
                 self._measure(2 * camera, taken, stamp)
+                if stamp < taken:
+                    self._before[camera] = taken
+            if found is not None:
+                self._before[camera] = None
             self.offset[camera] = self._alone[camera] = None
             self.came_late[camera] &= found is None
             if found is None:
@@ -136,9 +142,17 @@ class MaskSynchroniser(Generic[Item]):
 
     def _complete(self, stamps: Sequence[int]) -> bool:
         return all(
-            camera not in self.expected or self._find(camera, stamp) is not None or self._is_past(camera, stamp)
+            camera not in self.expected or self._is_there(camera, stamp) or self._is_past(camera, stamp)
             for camera, stamp in enumerate(stamps)
         )
+
+    def _is_there(self, camera: int, stamp: int) -> bool:
+        """Whether an image's mask has arrived.
+
+        Until two images or masks have shown a period, a mask with another stamp may belong to another image.
+        """
+        found = self._find(camera, stamp)
+        return found is not None and (found.stamp == stamp or any(self._steps[2 * camera : 2 * camera + 2]))
 
     def _is_past(self, camera: int, stamp: int) -> bool:
         """Whether the masks are past an image, so that its own can no longer arrive.
@@ -151,8 +165,9 @@ class MaskSynchroniser(Generic[Item]):
         ahead = masks[-1].stamp - stamp
         if ahead > _FAR and (len(masks) == 1 or masks[-2].stamp <= stamp):  # a single stamp far ahead may be wrong
             return False
-        # After time went back, a mask that is nearer to the previous image is still from before the jump.
-        return taken is None or stamp >= taken or ahead < abs(masks[-1].stamp - taken)
+        # After time went back, a mask that is nearer to the last image before the jump is still from before it.
+        before = taken if taken is not None and stamp < taken else self._before[camera]
+        return before is None or ahead < abs(masks[-1].stamp - before)
 
     def _find(self, camera: int, stamp: int) -> _Mask | None:
         """The mask of an image; of several equally near masks, the newest one."""

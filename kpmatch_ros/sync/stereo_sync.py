@@ -65,6 +65,7 @@ class StereoSynchroniser(Generic[Item]):
         self.unpaired = [0, 0]
         self.since = [0, 0]
         self._waited: list[float | None] = [None, None]  # seconds that the other stream's images waited for this stream
+        self._without_pair: float | None = None  # seconds since the first image after the last pair; None without one
         self._now: float | None = None
         self.offset: int | None = None
 
@@ -85,6 +86,8 @@ class StereoSynchroniser(Generic[Item]):
             self._waited[side] = None
         elif self._waited[1 - side] is None:
             self._waited[1 - side] = 0.0
+        if self._without_pair is None:
+            self._without_pair = 0.0
         own, others = self._waiting[side], self._waiting[1 - side]
         differences = [abs(stamp - other.stamp) for other in others]
         # Of several equally near images, the newest one, which is also the nearest by arrival.
@@ -119,6 +122,7 @@ class StereoSynchroniser(Generic[Item]):
         # The pair is complete, so neither stream waits for it. Otherwise, after a lost image, each later image would
         # count as the one that the last pair waited for.
         self._waited[1 - side], self._waited[side] = None, 0.0 if others else None
+        self._without_pair = 0.0 if others else None
         return (item, partner) if side == 0 else (partner, item)
 
     @property
@@ -126,15 +130,18 @@ class StereoSynchroniser(Generic[Item]):
         """Number of left and right images that still wait for their partner."""
         return [len(images) for images in self._waiting]
 
-    def newest(self, side: int) -> Item | None:
-        """The newest image of the left (0) or right (1) stream that still waits for its partner; None if none does."""
-        return self._waiting[side][-1].item if self._waiting[side] else None
+    @property
+    def newest(self) -> Item | None:
+        """The newest image that still waits for its partner, of the left stream if it has one; None if none waits."""
+        return next((images[-1].item for images in self._waiting if images), None)
 
     def wait(self, now: float) -> None:
         """Advance the time. Call it about every tenth of a second, with the seconds of any clock."""
         step = 0.0 if self._now is None else min(max(now - self._now, 0.0), _LONGEST_STEP)
         self._now = now
         self._waited = [None if waited is None else waited + step for waited in self._waited]
+        if self._without_pair is not None:
+            self._without_pair += step
 
     def silent(self, side: int, after: float = 0.5) -> bool:
         """Whether the left (0) or right (1) stream is silent: it has stopped or not begun.
@@ -143,6 +150,10 @@ class StereoSynchroniser(Generic[Item]):
         """
         waited = self._waited[side]
         return waited is not None and waited > after
+
+    def is_unpaired(self, after: float) -> bool:
+        """Whether images have arrived for more than `after` seconds, but no pair: one stream is silent, or none fit."""
+        return self._without_pair is not None and self._without_pair > after
 
     def _measure(self, side: int, stamp: int, arrived: int) -> None:
         before, self._arrived[side] = self._arrived[side], arrived
