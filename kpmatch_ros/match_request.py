@@ -70,7 +70,7 @@ def _features(name: str, message: Any, extractor: str) -> Features:
     Raises:
         FeatureError: if they are from another extractor, or an array has a wrong length.
     """
-    if message.extractor != extractor:
+    if message.extractor != messages.encodable(extractor):
         raise FeatureError(
             f"{name}: they are from the extractor {message.extractor!r:.80}, but this node uses {extractor!r}: only "
             "features of the same weights can be matched"

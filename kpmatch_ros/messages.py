@@ -96,6 +96,11 @@ def header_of(frame: Frame, new: NewMessage = ros_message) -> Any:
     return new("std_msgs/msg/Header", stamp=time, frame_id=frame.frame_id)
 
 
+def encodable(text: str) -> str:
+    """The text with everything escaped that UTF-8 cannot hold. File names in it need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def match_array(pair: ImagePair, pairing: int, extractor: str, matcher: str, new: NewMessage = ros_message) -> Any:
     """Return a kpmatch_ros/MatchArray with the matches of a pair of frames, or of a left and a right image."""
     current, reference = pair.current, pair.reference
@@ -123,8 +128,8 @@ def match_array(pair: ImagePair, pairing: int, extractor: str, matcher: str, new
         reset=pair.reset,
         extract_ms=current.extract_ms,
         match_ms=pair.match_ms,
-        extractor=extractor,
-        matcher=matcher,
+        extractor=encodable(extractor),
+        matcher=encodable(matcher),
         sigmas=_flat(pair.sigmas, np.float32),
     )
 
@@ -231,7 +236,7 @@ def feature_array(frame: Frame, extractor: str, new: NewMessage = ros_message) -
         scores=_flat(features.scores, np.float32),
         descriptor_size=features.descriptors.shape[1],
         descriptors=_flat(features.descriptors, np.float32),
-        extractor=extractor,
+        extractor=encodable(extractor),
     )
 
 

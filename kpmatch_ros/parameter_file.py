@@ -171,4 +171,8 @@ def read_parameter_file(
     try:
         return Parameters.given({**changes, **options})
     except ParameterError as error:
-        raise ParameterError(f"{path}: {error}") from error
+        try:
+            Parameters.given(changes)
+        except ParameterError:
+            raise ParameterError(f"{path}: {error}") from error
+        raise  # the file is correct by itself

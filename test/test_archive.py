@@ -185,6 +185,7 @@ def test_two_runs_do_not_write_to_one_archive(run: Run, bags: Path, tmp_path: Pa
 
 def test_bags_are_found_in_every_layout_that_recorders_write(tmp_path: Path) -> None:
     for name in (
+        "k/k_3.mcap", "k/k_4.mcap",  # a recorder that is short of space deletes its oldest files
         "a/metadata.yaml", "a/x_0.db3",  # a bag
         "b/b_0.mcap", "b/b_1.mcap",  # a recorder that was killed
         "c/one.mcap", "c/two.db3", "c/old.bag", "c/note.txt",  # bare files
@@ -199,7 +200,7 @@ def test_bags_are_found_in_every_layout_that_recorders_write(tmp_path: Path) -> 
     (tmp_path / "h" / "metadata.yaml").symlink_to("/no/such/disk/metadata.yaml")  # unreadable metadata must be reported
     found = [str(path.relative_to(tmp_path)) for path in find_bags(tmp_path)]
     packed = ["i/four.db3.zstd", "i/three.mcap.zstd"]
-    assert found == ["a", "b", "c/old.bag", "c/one.mcap", "c/two.db3", "d/e", "h", *packed]
+    assert found == ["a", "b", "c/old.bag", "c/one.mcap", "c/two.db3", "d/e", "h", *packed, "k"]
     jobs = jobs_for([tmp_path / name for name in packed], tmp_path, Path("out"), Path("unfinished"))
     assert [str(job.target) for job in jobs] == ["out/i/four_db3_zstd", "out/i/three_mcap_zstd"]
 

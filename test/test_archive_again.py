@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from kpmatch_ros.bags.archive import Settings, claimed, find_bags, jobs_for, rep
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.cli.bag import BAG_OPTIONS
 from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.weights import REGISTRY, Hub
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
 
@@ -65,6 +67,23 @@ def test_outputs_of_another_bag_with_the_same_name_are_not_reused(
     shutil.rmtree(tmp_path / "out" / "drive")
     assert run(tmp_path / "two", tmp_path / "out", *QUICK)[0] == 0
     assert table(tmp_path / "out")["drive"]["frames"] == "5"
+
+
+def test_other_weights_under_the_name_of_a_repository_are_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hub, "cached", lambda self: None)
+    monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path))
+    item = REGISTRY["magic-leap-community/superpoint"]
+    settings = Settings(Parameters(extractor=item.name, matcher="nearest"), {})
+    described = []
+    for content in (b"", b"one", b"other"):
+        if content:
+            item.file.parent.mkdir(parents=True, exist_ok=True)
+            item.file.write_bytes(content)
+        described.append(settings.described())
+    hashes = [each[f"content of {item.name}"] for each in described]
+    assert hashes == ["", *(hashlib.sha256(content).hexdigest() for content in (b"one", b"other"))]
 
 
 def test_a_bag_that_changes_while_it_is_read_is_processed_in_the_next_run(

@@ -271,6 +271,18 @@ def test_a_bad_parameter_file_is_refused_in_one_line(run: Run, bag: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_an_option_that_is_wrong_is_not_blamed_on_the_parameter_file(run: Run, bag: Path, tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text("/**:\n  ros__parameters:\n    max_keypoints: 64\n")
+    words = ("--params", tmp_path / "good.yaml", "--odom-frame", "x", "--base-frame", "x")
+    said = refused(run(bag, tmp_path / "out", *words))
+    assert "base_frame and odom_frame are both 'x'" in said and "good.yaml" not in said
+
+
+def test_a_folder_without_a_name_of_its_own_is_refused_as_the_output(run: Run, bag: Path) -> None:
+    for place in (".", "/", ""):
+        assert "exists already" in refused(run(bag, place, *QUICK))
+
+
 def test_the_reference_may_be_a_keyframe(run: Run, bag: Path, tmp_path: Path) -> None:
     assert run(bag, tmp_path / "out", *QUICK, "--reference", "keyframe", "--keyframe-min-matches", 1)[0] == 0
     matches = by_topic(tmp_path / "out")["/matches"]

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kpmatch_ros.bags import BagWriter, image_message
 from kpmatch_ros.cli.bench_measure import Film
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
@@ -41,6 +42,11 @@ def test_images_are_read_from_a_bag(run: Run, folder: Path, texture: Any, tmp_pa
     assert run(*words, "--bag", tmp_path / "front")[0] == 0
     (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert (row["width"], row["height"]) == (96, 80)
+    with BagWriter(tmp_path / "masked") as writer:
+        for topic in ("/cam/image", "/cam/mask"):
+            for stamp, image in enumerate(images):
+                writer.write(topic, image_message(image, stamp, "camera", "mono8"), stamp)
+    assert run(*words, "--bag", tmp_path / "masked")[0] == 0, "the masks are not another camera"
     status, _, err = run(*words, "--bag", tmp_path / "front", "--image", "/rear/image_raw")
     assert status == 2 and "there is no such image topic with messages in it; there is /front/image_raw" in err
 

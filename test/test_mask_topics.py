@@ -16,7 +16,7 @@ from test_masks import left_third, under
 from test_pipeline import image, make
 
 from kpmatch_ros import pipeline as pipeline_module
-from kpmatch_ros.bags import Bag, BagWriter, camera_info_message, image_message, new_message
+from kpmatch_ros.bags import Bag, BagError, BagWriter, camera_info_message, image_message, new_message
 from kpmatch_ros.frames import Result
 from kpmatch_ros.pipeline import Pipeline
 from simulation import demo_camera
@@ -258,3 +258,7 @@ def test_a_mask_topic_beside_an_image_topic_is_not_taken_for_a_camera(run: Run, 
         assert topics == ("/left/image", "/left/mask", "/right/image", "/right/mask")
         assert choose_camera(bag, "/left/mask").mask == ""
         assert choose_camera(bag, "/left/image", mask_topic="/alone/mask").mask == "/alone/mask"
+        with pytest.raises(BagError, match="/left/image cannot be a topic of masks"):
+            choose_camera(bag, "/left/image", mask_topic="/left/image")
+        with pytest.raises(BagError, match="/right/image cannot be a topic of masks"):
+            choose_stereo_cameras(bag, left_mask="/right/image")

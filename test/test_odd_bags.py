@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bag_harness import FIRST, QUICK, SIZE, Run, by_topic, header_stamp, refused, stamps
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
@@ -26,6 +27,7 @@ from kpmatch_ros.bags import (
     typestore,
 )
 from kpmatch_ros.messages import nanoseconds
+from kpmatch_ros.models import SuperPoint
 from kpmatch_ros.pipeline import Pipeline
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
@@ -284,3 +286,31 @@ def test_parameters_and_masks_are_never_overwritten(
         line = refused(kpmatch("bag", tmp_path / "in", tmp_path / "out", *read, option, tmp_path / name, *QUICK))
         assert f"{option} {tmp_path / name}: belongs to the input" in line
     assert before == {path: path.read_bytes() for path in before} and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_a_killed_recorder_was_compressing_is_read_once(kpmatch: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "drive"
+    folder.mkdir()
+    images = [np.full((48, 64), 40 * number, np.uint8) for number in range(4)]
+    for number in range(2):
+        part = tmp_path / f"part{number}"
+        stamps = [FIRST + each * 10**8 for each in (2 * number, 2 * number + 1)]
+        write_camera_bag(part, images[2 * number : 2 * number + 2], stamps, None, encoding="mono8")
+        (part / f"part{number}.mcap").rename(folder / f"drive_{number}.mcap")
+    (folder / "drive_1.mcap.zstd").write_bytes(b"half of it")
+    status, out, _ = kpmatch("bag", folder, tmp_path / "out", *QUICK)
+    assert status == 0 and "frames     4 of" in out
+    assert "drive_1.mcap.zstd was not read, because drive_1.mcap is there as well" in out
+
+
+def test_weights_whose_path_is_not_utf8_are_named_in_messages_with_escapes(
+    kpmatch: Run, frames: list[Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    weights = tmp_path / os.fsdecode(b"r\xe9.pth")
+    torch.save(SuperPoint().state_dict(), weights)
+    views = [np.frombuffer(frame.data, np.uint8).reshape(SIZE[::-1]) for frame in frames[:2]]
+    write_camera_bag(tmp_path / "in", views, stamps(2), CAMERA, encoding="mono8")
+    words = ("--extractor", weights, "--matcher", "nearest", "--keypoint-threshold", 0, "--max-keypoints", 50)
+    assert kpmatch("bag", tmp_path / "in", tmp_path / "out", "--device", "cpu", *words)[0] == 0
+    assert by_topic(tmp_path / "out")["/matches"][0].message.extractor.endswith("/r\\udce9.pth")

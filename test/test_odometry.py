@@ -156,6 +156,38 @@ def test_a_monocular_chain_continues_with_the_likelier_motion_and_marks_it_as_am
     assert sum(not line.startswith("#") for line in text.splitlines()) == 4, "it has no line itself"
 
 
+def lines(*steps: tuple[int, int, PoseStatus] | None) -> tuple[list[str], Trajectory]:
+    """Chain pairs, given by the numbers of their frames and their status; None is a frame after an interruption."""
+    stream = io.StringIO()
+    trajectory = Trajectory(stream)
+    trajectory.add(pair(0, 1).reference, None)
+    for made in steps:
+        if made is None:
+            trajectory.add(pair(8, 9).current, None)
+        else:
+            number, current, status = made
+            pose = step(turn=np.zeros(3), status=status) if status.has_pose else LOST
+            found = pair(number, current, replace(pose, metric=False))
+            trajectory.add(found.current, found)
+    return stream.getvalue().splitlines()[1:], trajectory
+
+
+def test_a_gap_after_an_ambiguous_pose_that_could_not_be_chained_breaks_the_chain() -> None:
+    text, trajectory = lines(
+        (0, 1, PoseStatus.OK), (1, 2, PoseStatus.FAILED), (1, 3, PoseStatus.FAILED), (3, 4, PoseStatus.AMBIGUOUS),
+        None, (9, 10, PoseStatus.OK),
+    )  # fmt: skip
+    assert trajectory.breaks == 1 and [line.startswith("# broken") for line in text] == [False, False, True, False]
+
+
+def test_an_ambiguous_pose_is_marked_only_if_a_later_frame_depends_on_it() -> None:
+    ambiguous = (0, 1, PoseStatus.AMBIGUOUS)
+    text, trajectory = lines(ambiguous, (0, 2, PoseStatus.OK), (0, 3, PoseStatus.OK))
+    assert trajectory.doubts == 0 and not any(line.startswith("#") for line in text), "all depend on the keyframe"
+    text, trajectory = lines(ambiguous, (1, 2, PoseStatus.OK), (1, 3, PoseStatus.OK))
+    assert trajectory.doubts == 1 and [line.startswith("# ambig") for line in text] == [False, True, False, False]
+
+
 def test_a_lost_frame_breaks_the_chain_and_a_new_one_begins() -> None:
     odometry = Odometry()
     assert [odometry.add(pair(1, 2, reset=True)).chain, odometry.add(pair(2, 3)).chain] == [0, 0]

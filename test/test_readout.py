@@ -36,10 +36,10 @@ class LookingAround(Ride):
         return turns[-1].inv() * turns[:-1], turns[-1].inv().apply(places[:-1] - places[-1])
 
 
-def search(
+def searched(
     readout: float, around: float, pairs: int = 15, status: PoseStatus = PoseStatus.OK, interval: float = 0.1
-) -> Readout | None:
-    """Return the result for a ride with this readout time in seconds, looking around by this angle in radians."""
+) -> ReadoutSearch:
+    """Return the search after a ride with this readout time in seconds, looking around by this angle in radians."""
     found = ReadoutSearch(Parameters())
     frames = [
         SimpleNamespace(stamp=round(1e9 * interval * number), camera=Ride().camera) for number in range(pairs + 1)
@@ -54,7 +54,12 @@ def search(
             pose=SimpleNamespace(status=status, metric=False),
         )
         found.add(cast(Result, SimpleNamespace(pair=pair)), 0.0)
-    return found.found()
+    return found
+
+
+def search(*ride: float, **options: Any) -> Readout | None:
+    """Return the result for such a ride."""
+    return searched(*ride, **options).found()
 
 
 @pytest.mark.parametrize(("readout", "interval"), [(0.0, 0.1), (0.02, 0.1), (0.02, 0.0334)])
@@ -67,6 +72,11 @@ def test_the_readout_time_of_a_rotating_camera_is_found(readout: float, interval
 def test_the_readout_time_of_a_camera_that_hardly_turns_is_uncertain() -> None:
     found = search(0.033, 0.01, pairs=12)
     assert found is not None and not found.is_sure
+
+
+def test_a_camera_too_fast_for_the_search_is_named_as_the_reason() -> None:
+    found = searched(0.0025, 0.3, pairs=12, interval=0.005)
+    assert found.found() is None and "the frames follow each other in less than 0.008 s" in found.in_words()
 
 
 @pytest.mark.parametrize("missing", [{"pairs": 10}, {"status": PoseStatus.AMBIGUOUS}])

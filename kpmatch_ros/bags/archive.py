@@ -31,7 +31,7 @@ from kpmatch_ros.bags.cameras import UnsuitableError, choose_cameras
 from kpmatch_ros.bags.reading import Bag
 from kpmatch_ros.bags.recording import BagError, ChangedError, OutputError, has_stored_name, is_unfinished, stored_files
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.source_files import named_files
+from kpmatch_ros.source_files import changeable_weights, named_files
 from kpmatch_ros.weights import WeightsError, file_hash
 
 __all__ = [
@@ -94,6 +94,7 @@ class Settings:
         parameters = {name: value for name, value in chosen.items() if name not in excluded}
         topics = {name: topic for name, topic in self.topics.items() if topic is not None}
         contents = {f"content of {name}": _digest(path) for name, path in named_files(self.parameters).items()}
+        contents |= changeable_weights(self.parameters)
         return {
             "version": kpmatch_ros.__version__,
             **parameters,
@@ -181,7 +182,9 @@ def find_bags(folder: Path, out: Path | None = None) -> list[Path]:
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 # Links are followed last, so that a bag is named after its real place: "latest" changes its target.
                 tops += [here / name for name in folders if (here / name).is_symlink()]
-                found += [here / name for name in files if has_stored_name(name) or _is_of_ros1(name)]
+                # The replay refuses ROS 1 bags, and names the tool that converts them.
+                ros1 = [name for name in files if name.endswith(".bag") and not name.startswith(".")]
+                found += [here / name for name in files if has_stored_name(name) or name in ros1]
             seen.add(real)
     if found == [folder]:
         raise BagError(f"{folder}: is a single bag, not a folder with bags; kpmatch bag replays it")
@@ -224,15 +227,11 @@ def _is_own(place: Path, folder: Path, out: Path | None) -> bool:
     return out is not None and out.resolve() in inside and folder.resolve() not in inside
 
 
-def _is_of_ros1(name: str) -> bool:
-    """Whether a file is a ROS 1 bag. The replay refuses it and names the tool that converts it."""
-    return name.endswith(".bag") and not name.startswith(".")
-
-
 def _is_bag(folder: Path, files: list[str]) -> bool:
     stored = list(filter(has_stored_name, files))
     if "metadata.yaml" not in files:  # a killed recorder leaves none
-        return any(name.startswith(f"{folder.name}_0.") for name in stored)
+        numbers = (name.partition(f"{folder.name}_") for name in stored)
+        return any(not before and after.split(".")[0].isdigit() for before, _, after in numbers)
     try:
         text = (folder / "metadata.yaml").read_text(errors="replace")
     except OSError:

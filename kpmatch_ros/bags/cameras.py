@@ -83,7 +83,9 @@ def choose_camera(
     if not info and len(infos) == 1 and infos[0].name not in others:  # it is not another camera's
         info = infos[0].name
     mask = _beside(bag, chosen, masks, "mask", mask_topic, "--mask-topic")
-    return CameraTopics(chosen.name, info, chosen.num_messages, mask)
+    camera = CameraTopics(chosen.name, info, chosen.num_messages, mask)
+    _check_masks(bag, camera)
+    return camera
 
 
 def choose_stereo_cameras(
@@ -130,7 +132,14 @@ def choose_stereo_cameras(
         )
         for side, image, info, mask in zip(("left", "right"), pair, (left_info, right_info), (left_mask, right_mask))
     )
+    _check_masks(bag, first, second)
     return first, second
+
+
+def _check_masks(bag: Bag, *cameras: CameraTopics) -> None:
+    for camera in cameras:
+        if camera.mask in [each.image for each in cameras]:
+            raise UnsuitableError(f"{bag.path}: {camera.mask} cannot be a topic of masks: its images are matched")
 
 
 def _candidates(bag: Bag) -> tuple[list[Topic], list[Topic], list[Topic]]:

@@ -10,12 +10,12 @@ import torch
 
 import kpmatch_ros
 from kpmatch_ros.bags.cameras import CameraTopics
-from kpmatch_ros.bags.recording import encodable
 from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.messages import encodable
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.runtime.device import format_name
 from kpmatch_ros.source_files import files_read
-from kpmatch_ros.weights import REGISTRY, expected_hash, file_hash
+from kpmatch_ros.weights import REGISTRY, file_hash, hash_in_use
 
 __all__ = ["origin"]
 
@@ -32,7 +32,7 @@ def origin(
         matcher: the networks, for their device and precision.
     """
     registered = (REGISTRY[name] for name in (parameters.extractor, parameters.matcher) if name in REGISTRY)
-    hashes = {item.name: expected_hash(item) for item in registered}
+    hashes = {item.name: hash_in_use(item) for item in registered}
     hashes |= {encodable(str(file)): file_hash(file) for file in files_read(parameters) if file.is_file()}
     return {
         "made by": f"kpmatch_ros {kpmatch_ros.__version__}",

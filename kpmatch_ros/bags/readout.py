@@ -129,6 +129,8 @@ class ReadoutSearch:
         """The result and what the user should do, in words."""
         found = self.found()
         if found is None:
+            if self._intervals and np.median(self._intervals) < self._times[2]:
+                return f"not known: the frames follow each other in less than {self._times[2]:.3f} s"
             return (
                 f"not known: fewer than {_FEWEST} pairs of one camera have a calibration and a pose, and directly "
                 "follow another such pair"

@@ -36,7 +36,6 @@ __all__ = [
     "Recording",
     "Storage",
     "bag_information",
-    "encodable",
     "explained",
     "has_stored_name",
     "is_recording",
@@ -223,7 +222,12 @@ class Recording:
                 if old := sorted(entry.name for entry in folder.glob("*.bag") if entry.is_file()):
                     raise BagError(f"{folder}: is not a ROS 2 bag; {old[0]} is a ROS 1 bag: name that file")
                 raise BagError(f"{folder}: is not a bag; a bag's folder holds metadata.yaml and .mcap or .db3 files")
-            # A recorder that was killed before it wrote the metadata leaves one file, or several numbered files.
+            # A recorder that was killed before it wrote the metadata leaves one file, or several numbered files. If it
+            # was compressing one, that file is there twice, and only the original is sure to be whole.
+            twice = [file for file in present if file.suffix == ".zstd" and file.with_suffix("") in present]
+            for file in twice:
+                present.remove(file)
+                self.findings.remarks.append(f"{file.name} was not read, because {file.stem} is there as well")
             if len(present) > 1:
                 if not _are_numbered(present):
                     raise BagError(
@@ -330,11 +334,6 @@ def _is_still(file: Path, before: os.stat_result) -> bool:
         return False
     another = not os.path.samestat(now, before) and now.st_mtime_ns != before.st_mtime_ns
     return now.st_size >= before.st_size and not another
-
-
-def encodable(text: str) -> str:
-    """The text with everything escaped that UTF-8 cannot hold. File names in it need not be UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def bag_information(file: Path) -> dict[str, Any]:

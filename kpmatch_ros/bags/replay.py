@@ -22,12 +22,13 @@ from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, TF_TYP
 from kpmatch_ros.bags.origin import origin
 from kpmatch_ros.bags.reading import Bag
 from kpmatch_ros.bags.readout import ReadoutSearch
-from kpmatch_ros.bags.recording import BagError, OutputError, encodable, is_recording
+from kpmatch_ros.bags.recording import BagError, OutputError, is_recording
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.bags.writing import BagWriter
 from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.messages import encodable
 from kpmatch_ros.odometry import check_odometry
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.pipeline import PATIENCE, Pipeline
@@ -99,12 +100,12 @@ def replay(
         raise ValueError(f"mode {parameters.mode} with {len(cameras)} cameras")
     check_odometry(parameters)
     try:
+        if out.exists() or out.is_symlink():
+            raise BagError(f"{out}: exists already; remove it or choose another name")
         os.lstat(out.with_name(f"{out.name}.mcap"))  # checked early: the longest name that will be written
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise BagError(f"{out}: cannot be written: {error.strerror}; choose another name") from error
-    if out.exists() or out.is_symlink():
-        raise BagError(f"{out}: exists already; remove it or choose another name")
     if bag.path.resolve() in out.resolve().parents:
         raise BagError(f"{out}: lies in the bag that is read; choose another place")
     files = [path for path in (poses, page, rerun) if path is not None]

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen, FrameFigures, Jpeg
-from kpmatch_ros.bags.recording import BagError, encodable
+from kpmatch_ros.bags.recording import BagError
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.frames import Result
+from kpmatch_ros.messages import encodable
 
 __all__ = ["RerunRecording"]
 

@@ -21,9 +21,9 @@ class Trajectory:
     :class:`kpmatch_ros.odometry.Odometry`. With one camera, each translation has length one: its direction is right,
     but its scale is arbitrary and differs from pair to pair.
 
-    A frame without a certain pose has no line. If the pose of a single camera is AMBIGUOUS, the chain goes on with the
-    likelier motion, and a comment in the file says so. A frame whose reference has no pose breaks the chain. A comment
-    says so, and the chain goes on from the last known pose.
+    A frame without a certain pose has no line. If the pose of a single camera is AMBIGUOUS, later frames continue from
+    the likelier motion, and a comment before the first of them says so. A frame whose reference has no pose breaks the
+    chain. A comment says so, and the chain goes on from the last known pose.
 
     Args:
         stream: of the file; None if nothing is to be written.
@@ -36,7 +36,9 @@ class Trajectory:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.breaks = self.doubts = 0
         self._stream = stream
+        self._begun = False  # whether a frame was added
         self._known: dict[int, Place] = {}  # by frame number
+        self._doubts: dict[int, str] = {}  # comments, by the numbers of frames that are placed by the likelier motion
         self._last = Place.of(OdometryPose(np.eye(3), np.zeros(3), np.zeros((6, 6)), 0))
         self._write("# timestamp tx ty tz qx qy qz qw: pose of the camera in the first camera's optical frame")
 
@@ -53,13 +55,16 @@ class Trajectory:
     def add(self, frame: Frame, pair: Pair | None) -> None:
         """Add the next frame, and its pair with the reference; None if it has no reference."""
         if pair is None:
-            if not self._known:
+            if not self._begun:
                 self._continue(frame, self._last)
             return
         if not pair.pose.is_placed:
             self._known.pop(frame.number, None)
             return
         start, certain = self._known.get(pair.reference.number), pair.pose.status.is_certain
+        if doubt := self._doubts.pop(pair.reference.number, ""):
+            self.doubts += 1
+            self._write(doubt)
         if start is None and certain:
             self.breaks += 1
             self._write(f"# broken: the pose of the frame at {_seconds(pair.reference.stamp)} is not known")
@@ -67,13 +72,16 @@ class Trajectory:
         if start is not None and certain:
             self._continue(frame, start.after(pair.pose))
         elif start is not None:
-            self.doubts += 1
-            self._write(f"# ambiguous: the pose of the frame at {_seconds(frame.stamp)} is the likelier of two")
             self._known[frame.number] = start.after(pair.pose)
+            self._doubts[frame.number] = (
+                f"# ambiguous: the pose of the frame at {_seconds(frame.stamp)} is the likelier of two"
+            )
         kept = (pair.reference.number, frame.number)
         self._known = {number: pose for number, pose in self._known.items() if number in kept}
+        self._doubts = {number: text for number, text in self._doubts.items() if number in kept}
 
     def _continue(self, frame: Frame, place: Place) -> None:
+        self._begun = True
         self._last = self._known[frame.number] = place
         rotation, position = self.pose
         numbers = " ".join(f"{value:.9f}" for value in (*position, *rotation.as_quat()))

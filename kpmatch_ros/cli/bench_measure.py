@@ -208,11 +208,7 @@ def _pictures(folder: Path, count: int) -> list[Image]:
 def _recorded(path: Path, topic: str, count: int, rectified: bool) -> Film:
     try:
         with Bag(path) as bag:
-            topics = [each.name for each in bag.image_topics]
-            if not topic and len(topics) != 1:
-                known = ", ".join(topics) or "none"
-                raise CommandError(f"--bag {path}: has {len(topics)} topics with images ({known}): choose with --image")
-            chosen = choose_camera(bag, topic or topics[0])
+            chosen = choose_camera(bag, topic or None)
             records = itertools.islice(bag.messages([chosen.image]), count)
             images = [np.ascontiguousarray(to_array(record.message)) for record in records]
             info = next(bag.messages([chosen.camera_info]), None) if chosen.camera_info else None

@@ -1,6 +1,15 @@
 """Registered weights: their licences, sources and files. These modules do not import PyTorch."""
 
-from kpmatch_ros.weights.files import Presence, expected_hash, fetch, file_hash, presence, resolve, verify
+from kpmatch_ros.weights.files import (
+    Presence,
+    expected_hash,
+    fetch,
+    file_hash,
+    hash_in_use,
+    presence,
+    resolve,
+    verify,
+)
 from kpmatch_ros.weights.registry import (
     REGISTRY,
     Weights,
@@ -26,6 +35,7 @@ __all__ = [
     "fetch",
     "file_hash",
     "find",
+    "hash_in_use",
     "matchers_for",
     "presence",
     "resolve",

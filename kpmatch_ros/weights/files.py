@@ -16,7 +16,7 @@ from kpmatch_ros.shell import in_shell
 from kpmatch_ros.weights.registry import REGISTRY, Weights, WeightsError, find
 from kpmatch_ros.weights.sources import Hub, Packaged, Wheel
 
-__all__ = ["Presence", "expected_hash", "fetch", "file_hash", "presence", "resolve", "verify"]
+__all__ = ["Presence", "expected_hash", "fetch", "file_hash", "hash_in_use", "presence", "resolve", "verify"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -131,6 +131,14 @@ def verify(item: Weights) -> None:
 def expected_hash(item: Weights) -> str:
     """Expected SHA-256 of the file of ``item``, hexadecimal; empty if it is unknown."""
     return item.source.hash(item.file) if isinstance(item.source, Hub) else item.sha256
+
+
+def hash_in_use(item: Weights) -> str:
+    """SHA-256 of the file of ``item``, hexadecimal: the expected one, or if that is unknown, of the file that is here.
+
+    Empty if there is no file.
+    """
+    return expected_hash(item) or (file_hash(item.file) if item.file.is_file() else "")
 
 
 @lru_cache(maxsize=16)
