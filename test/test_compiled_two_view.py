@@ -86,9 +86,10 @@ def test_poses_agree_with_numpy(scene: Scene) -> None:
             ours = scene.estimate(count, seed)
             numpys: RelativePose = with_numpy(scene.estimate, count, seed)
             assert ours.status == numpys.status and np.array_equal(ours.inliers, numpys.inliers)
-            compare([ours.rotation, ours.translation], [numpys.rotation, numpys.translation], 1e-6)
-            compare(ours.covariance, numpys.covariance, 1e-4)
-            compare(ours.median_parallax, numpys.median_parallax, 1e-4)  # a rotation by 1e-6 moves points by 5e-4 px
+            # Rounding decides after which iteration a minimisation ends. A rotation by 1e-5 moves points by 0.005 px.
+            compare([ours.rotation, ours.translation], [numpys.rotation, numpys.translation], 1e-5)
+            compare(ours.covariance, numpys.covariance, 1e-3)
+            compare(ours.median_parallax, numpys.median_parallax, 1e-3)
 
 
 @needed

@@ -11,6 +11,7 @@ from scipy.stats import chi2
 from two_view_scenes import CAMERA, Scene, check, project
 
 from benchmarks.hidden_translation import difference, estimate, nees, read_side
+from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import normalise_matches
@@ -98,3 +99,20 @@ def test_rotations_of_both_cameras_of_a_static_drone_agree_within_their_covarian
         assert [pose.status for pose in poses] == [PoseStatus.NO_TRANSLATION] * 6
     values = [difference(poses, [rectify for _, _, rectify in sides]) for poses in zip(*both)]
     assert np.mean(values) < chi2.ppf(0.999, 3 * 6) / 6  # 7.1; with the noise alone 16, for 11 pairs
+
+
+def test_the_covariance_of_a_rotation_fits_the_errors_with_a_telephoto_lens() -> None:
+    camera = Camera(3840, 2160, np.array([[192_000.0, 0, 1920], [0, 192_000.0, 1080], [0, 0, 1]]))
+    values = []
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        points0 = random.uniform((0, 0), (camera.width, camera.height), (300, 2))
+        turn = Rotation.from_rotvec(random.normal(0, 4e-4, 3)).as_matrix()
+        rays = np.column_stack([camera.normalise(points0), np.ones(300)])
+        points1 = project(camera, rays @ turn)
+        noisy = (points + random.normal(0, 0.05, points.shape) for points in (points0, points1))
+        pose = estimate_relative_pose(*noisy, camera, camera, keypoint_resolution=0.0)
+        assert pose.status is PoseStatus.NO_TRANSLATION
+        values.append(nees(Rotation.from_matrix(turn @ pose.rotation.T).as_rotvec(), pose.covariance[3:, 3:]))
+    low, high = chi2.ppf([0.001, 0.999], 3 * len(values)) / len(values)
+    assert low < np.mean(values) < high

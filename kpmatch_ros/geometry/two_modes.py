@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from scipy.spatial.transform import Rotation
 from scipy.special import chdtri, ndtri
 
 from kpmatch_ros.geometry.camera import AHEAD
@@ -188,7 +189,7 @@ def is_distinct(chosen: Motion, other: Motion, times: float = 1.0) -> bool:
 
 def distance(chosen: Motion, other: Motion) -> np.ndarray:
     """Difference (6,) of two motions: of the translations, and of the rotations about the reference frame's axes."""
-    turn = cv2.Rodrigues(other.rotation @ chosen.rotation.T)[0].ravel()
+    turn = Rotation.from_matrix(other.rotation @ chosen.rotation.T).as_rotvec()  # cv2 has 0 below 1e-5 radians
     return np.concatenate([other.translation - chosen.translation, turn])
 
 

@@ -21,7 +21,7 @@ from kpmatch_ros.geometry.two_view_errors import (
 
 __all__ = ["SETTLED", "Covariances", "Noise", "minimise", "motion_covariances", "rotation_covariance"]
 
-_STEP = 1e-6  # radians, step of the gradient's differences for the Hessian
+_STEP = 5e-4  # pixels, step of the gradient's differences for the Hessian; it must be below the noise
 
 _LARGEST_VARIANCE = math.pi**2  # of an unknown angle
 
@@ -123,11 +123,12 @@ def rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) ->
 
 def _hessian(model: Model, matches: Matches, motion: Motion, cutoff: float) -> np.ndarray:
     """Second derivatives (p, p) of half of Tukey's loss, from differences of the gradient."""
+    length = _STEP / float(np.median(matches.focals)) if len(matches) else _STEP  # radians
     if compiled.available():
-        return compiled.hessian(model, matches.columns, *motion, cutoff, _STEP)
+        return compiled.hessian(model, matches.columns, *motion, cutoff, length)
     start = _gradient(model, matches, motion, cutoff)
-    steps = _STEP * np.eye(len(start))
-    hessian = np.array([_gradient(model, matches, motion.moved(step), cutoff) - start for step in steps]) / _STEP
+    steps = length * np.eye(len(start))
+    hessian = np.array([_gradient(model, matches, motion.moved(step), cutoff) - start for step in steps]) / length
     return np.asarray((hessian + hessian.T) / 2)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-import cv2
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.robust import SMALLEST_CURVATURE, TINY, TUKEY
@@ -106,7 +106,7 @@ def profile_covariance(
         grid = losses.reshape(_STEPS)
         weights = np.exp(-losses)
         changes = turns @ motion.rotation.T
-        away = np.concatenate([offsets, np.array([cv2.Rodrigues(change)[0][:, 0] for change in changes])], axis=1)
+        away = np.concatenate([offsets, Rotation.from_matrix(changes).as_rotvec()], axis=1)  # cv2: 0 below 1e-5
         moments = (away.T * weights) @ away / weights.sum()
         moments[3:, 3:] += covariance[3:, 3:] - response @ covariance[:3, 3:]
         found.append(_larger(found[-1], moments))
