@@ -21,7 +21,7 @@ from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.weights import file_hash
 
 DETECTION: dict[str, dict[str, Any]] = {
-    "full": {"keypoint_threshold": 0.012, "max_keypoints": 1024, "nms_radius": 3, "subpixel": True},
+    "full": {"keypoint_threshold": 0.004, "max_keypoints": 1024, "nms_radius": 3, "subpixel": True},
     "fast": {"keypoint_threshold": 0.012, "max_keypoints": 1024, "nms_radius": 2, "subpixel": True},
 }  # detection settings for trained weights; the reasons are in runs.md, "How settings were chosen"
 

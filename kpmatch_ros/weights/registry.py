@@ -125,7 +125,7 @@ def _hub(name: str, model: str, **rest: Any) -> Weights:
 
 
 _OPEN_PAIR = _packaged(
-    "kpmatch-superpoint-lightglue", 27_527_212, "9b2795f4b7f66127c285681c93be5e23593765c33ba9a4a9b5c4e39c7e340ce7"
+    "kpmatch-superpoint-lightglue", 27_527_212, "e60ae8a2a0a5b4e2f3811546dd669e6283b6baf81ed5167a3c709b0d73205926"
 )
 _FAST_PAIR = _packaged(
     "kpmatch-superpoint-lightglue-fast", 7_353_044, "f0639f6fac1444a62a302b4528eba17978ae874558065abdf95d0e1e8b90f227"
