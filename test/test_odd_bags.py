@@ -303,6 +303,15 @@ def test_a_file_that_a_killed_recorder_was_compressing_is_read_once(kpmatch: Run
     assert "drive_1.mcap.zstd was not read, because drive_1.mcap is there as well" in out
 
 
+def test_every_size_of_the_images_is_named(frames: list[Any], kpmatch: Run, tmp_path: Path) -> None:
+    small = [image_message(np.full((48, 64), 99, np.uint8), stamp, "eye", "mono8") for stamp in stamps(9)[6:]]
+    with BagWriter(tmp_path / "in") as writer:
+        for message in [*frames, *small]:
+            writer.write("/eye/image", message, header_stamp(message))
+    status, out, _ = kpmatch("bag", tmp_path / "in", tmp_path / "out", *QUICK)
+    assert status == 0 and "9 of 160 x 120 and 64 x 48 (/eye/image)" in out
+
+
 def test_weights_whose_path_is_not_utf8_are_named_in_messages_with_escapes(
     kpmatch: Run, frames: list[Any], tmp_path: Path
 ) -> None:

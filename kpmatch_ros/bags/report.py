@@ -16,7 +16,7 @@ from kpmatch_ros.geometry.pose import PoseStatus
 
 __all__ = ["Report"]
 
-
+_SIZES = 3  # most frequent sizes of images that are named
 _BARREN = 0.2  # fraction of frames with too few keypoints or matches above which the report says so
 
 
@@ -28,7 +28,7 @@ class Report:
 
     Attributes:
         cameras: one camera, or the left and the right one.
-        size: width and height of the last image, pixels.
+        sizes: number of frames by width and height of their (left) image, pixels.
         latencies: of each frame, from its (last) message to its results in the bag, milliseconds.
         keypoints: number for each frame.
         matches, inliers: numbers for each pair of frames. A pair without calibration has no entry in `inliers`.
@@ -58,7 +58,7 @@ class Report:
     """
 
     cameras: tuple[CameraTopics, ...]
-    size: tuple[int, int] = (0, 0)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
     keypoints: list[int] = field(default_factory=list)
     matches: list[int] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Report:
 
     def processed(self, result: Result, milliseconds: float) -> None:
         """Count a frame that was fully processed."""
-        self.size = result.frame.features.size
+        self.sizes[result.frame.features.size] += 1
         self.latencies.append(milliseconds)
         self.keypoints.append(len(result.frame.keypoints))
         if result.stereo is not None:
@@ -207,12 +207,13 @@ class Report:
         def of_pairs(name: str) -> str:
             return "-" if figures[name] is None else f"{figures[name]:.0f} per pair (median)"
 
-        width, height = self.size
+        sizes = [f"{width} x {height}" for (width, height), _ in self.sizes.most_common(_SIZES)]
+        sizes += ["other sizes"] * (len(self.sizes) > _SIZES)
         latency, times = figures["latency_ms"], figures["times_real_time"]
         as_recorded = "" if times is None else f", {times:.1f} times as fast as recorded"
         topics = " with ".join(camera.image for camera in self.cameras)
         rows = [
-            ("frames", f"{figures['frames']} of {width} x {height} ({topics})"),
+            ("frames", f"{figures['frames']} of {' and '.join(sizes)} ({topics})"),
             ("rate", f"{figures['rate']:.1f} frames a second{as_recorded}"),
             ("latency", f"{latency['median']:.0f} ms (median), {latency['95 %']:.0f} ms (95 %)"),
             ("keypoints", f"{figures['keypoints']:.0f} per frame (median)"),
