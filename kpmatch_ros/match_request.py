@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kpmatch_ros import messages
+from kpmatch_ros.encodable import encodable
 from kpmatch_ros.features import Features
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
@@ -70,7 +71,7 @@ def _features(name: str, message: Any, extractor: str) -> Features:
     Raises:
         FeatureError: if they are from another extractor, or an array has a wrong length.
     """
-    if message.extractor != messages.encodable(extractor):
+    if message.extractor != encodable(extractor):
         raise FeatureError(
             f"{name}: they are from the extractor {message.extractor!r:.80}, but this node uses {extractor!r}: only "
             "features of the same weights can be matched"

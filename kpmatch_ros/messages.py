@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from kpmatch_ros.encodable import encodable
 from kpmatch_ros.frames import Frame, ImagePair, Pair
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.landmarks import Landmarks
@@ -94,11 +95,6 @@ def header_of(frame: Frame, new: NewMessage = ros_message) -> Any:
     seconds, nanosec = divmod(frame.stamp, 1_000_000_000)
     time = new("builtin_interfaces/msg/Time", sec=seconds, nanosec=nanosec)
     return new("std_msgs/msg/Header", stamp=time, frame_id=frame.frame_id)
-
-
-def encodable(text: str) -> str:
-    """The text with everything escaped that UTF-8 cannot hold. File names in it need not be UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def match_array(pair: ImagePair, pairing: int, extractor: str, matcher: str, new: NewMessage = ros_message) -> Any:

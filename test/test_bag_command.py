@@ -170,8 +170,8 @@ def test_compressed_images_are_matched_too(run: Run, views: list[NDArray[np.uint
     for name in ("in", "raw"):
         assert run(tmp_path / name, tmp_path / f"out_{name}", *QUICK)[0] == 0
         found.append([record.message.points for record in by_topic(tmp_path / f"out_{name}")["/matches"]])
-    # Colours are summed in another order, so the subpixel positions differ in the last digits.
-    assert all(len(one) == len(other) and np.allclose(one, other, atol=1e-3) for one, other in zip(*found))
+    # Colours are summed in another order, so a refinement may end one step earlier.
+    assert all(len(one) == len(other) and np.allclose(one, other, atol=0.02) for one, other in zip(*found))
     assert len(found[0][0]) > 20
 
 

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kpmatch_ros.encodable import encodable
 from kpmatch_ros.geometry.pose import PoseStatus
-from kpmatch_ros.messages import encodable
 
 __all__ = ["TABLES", "Row", "write_tables"]
 

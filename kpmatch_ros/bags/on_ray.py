@@ -17,7 +17,7 @@ from typing import Any
 from kpmatch_ros.bags.archive import ATTEMPTS, Job, Settings, replay_one
 from kpmatch_ros.bags.archive_table import Row
 from kpmatch_ros.bags.recording import BagError
-from kpmatch_ros.messages import encodable
+from kpmatch_ros.encodable import encodable
 
 __all__ = ["replay_on_ray"]
 

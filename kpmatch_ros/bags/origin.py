@@ -10,8 +10,8 @@ import torch
 
 import kpmatch_ros
 from kpmatch_ros.bags.cameras import CameraTopics
+from kpmatch_ros.encodable import encodable
 from kpmatch_ros.feature_matcher import FeatureMatcher
-from kpmatch_ros.messages import encodable
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.runtime.device import format_name
 from kpmatch_ros.source_files import files_read

@@ -27,8 +27,8 @@ from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.bags.writing import BagWriter
+from kpmatch_ros.encodable import encodable
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.messages import encodable
 from kpmatch_ros.odometry import check_odometry
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.pipeline import PATIENCE, Pipeline

@@ -12,8 +12,8 @@ import numpy as np
 from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen, FrameFigures, Jpeg
 from kpmatch_ros.bags.recording import BagError
 from kpmatch_ros.bags.trajectory import Trajectory
+from kpmatch_ros.encodable import encodable
 from kpmatch_ros.frames import Result
-from kpmatch_ros.messages import encodable
 
 __all__ = ["RerunRecording"]
 
