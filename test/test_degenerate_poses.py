@@ -245,3 +245,23 @@ def test_points_that_coincide_in_one_image_give_no_motion(image: int) -> None:
         before, after = points if image else points[::-1]
         pose = estimate_relative_pose(before, after, CAMERA, CAMERA)
         assert pose.status is PoseStatus.FAILED
+
+
+def test_through_a_telephoto_lens_no_pose_on_the_wrong_side_of_the_line_of_sight_is_sure() -> None:
+    # The motion with mirrored depths explains the matches of such a view nearly as well as the true one.
+    camera = Camera(640, 480, np.array([[32_000.0, 0, 320], [0, 32_000.0, 240], [0, 0, 1]]))
+    statuses = []
+    for seed in range(30):
+        random = np.random.default_rng(seed)
+        rays = camera.normalise(random.uniform((0, 0), (640, 480), (300, 2)))
+        points = np.column_stack([rays, np.ones(300)]) / random.uniform(1 / 600, 1 / 150, (300, 1))
+        turn = cv2.Rodrigues(random.normal(0, 1e-3, 3))[0]
+        step = random.normal(size=3) * 0.5
+        current = (points - step) @ turn
+        seen = [
+            camera.project(each[:, :2] / each[:, 2:]) + random.normal(0, 0.3, (300, 2)) for each in (points, current)
+        ]
+        pose = estimate_relative_pose(*seen, camera, camera, keypoint_resolution=0.0)
+        statuses.append(pose.status)
+        assert pose.status is not PoseStatus.OK or pose.translation @ step > 0, seed
+    assert statuses.count(PoseStatus.AMBIGUOUS) > 15

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.geometry.robust import ENOUGH_INLIERS, TINY, TUKEY, tukey, tukey_cutoff
 from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of
@@ -47,6 +48,8 @@ _OTHER = 2.0  # times the distance of distinct motions; closer motions are the s
 _IN_FRONT = 0.5  # part of the matches: a motion that places fewer of them in front of the cameras is not a rival
 
 _SINGULAR = 1e-15  # relative to the largest eigenvalue
+
+_NARROW = 0.25  # distance of a ray from the mean of all, in normalised coordinates
 
 _ROUGHLY = 2e-3  # relative decrease of the cost, for fits that are refined later
 
@@ -160,6 +163,11 @@ def decide(
         return float(gains(residual_sizes(matches, fit.motion, threshold), deviation, threshold).sum())
 
     first = int(np.argmax([evidence(one) for one in fits]))
+    if _is_narrow(sample):
+        found = _refine(matches, _mirrored(sample, fits[first].motion), threshold, noise.resolution, 2)
+        if is_in_front(sample, found.motion, threshold).mean() > _IN_FRONT:
+            fits.append(found)
+            first = int(np.argmax([evidence(one) for one in fits]))
     best, rivals = fits[first], []
     for index, other in enumerate(fits):
         if index != first:
@@ -202,6 +210,25 @@ def _at_least(covariance: np.ndarray, other: np.ndarray) -> np.ndarray:
     """A covariance, enlarged in the directions where another one is larger."""
     more, axes = np.linalg.eigh(other - covariance)
     return np.asarray(covariance + (axes * np.maximum(more, 0.0)) @ axes.T)
+
+
+def _is_narrow(matches: Matches) -> bool:
+    """Whether the matches cover so small an angle that their depths may be mirrored, see :func:`_mirrored`."""
+    spread = matches.rays0 - matches.rays0.mean(axis=1, keepdims=True)
+    return len(matches) > 0 and bool(lengths(spread).max() < _NARROW)
+
+
+def _mirrored(matches: Matches, motion: Motion) -> Motion:
+    """The motion that explains the matches of a narrow view with mirrored depths: near points far away, far ones near.
+
+    Perspective changes such a view little. The camera moves to the other side of the line of sight, and turns to the
+    other side of the mean rotation of the rays.
+    """
+    sight, turned = matches.rays0.mean(axis=1), motion.rotation @ matches.rays1.mean(axis=1)
+    sight, turned = sight / np.linalg.norm(sight), turned / np.linalg.norm(turned)
+    twice = Rotation.from_rotvec(2 * np.cross(turned, sight)).as_matrix()  # for these small angles
+    shift = 2 * (motion.translation @ sight) * sight - motion.translation
+    return Motion(twice @ motion.rotation, shift)
 
 
 def _is_weak(inliers: np.ndarray, covariance: np.ndarray) -> bool:
