@@ -214,8 +214,10 @@ def _at_least(covariance: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _is_narrow(matches: Matches) -> bool:
     """Whether the matches cover so small an angle that their depths may be mirrored, see :func:`_mirrored`."""
+    if len(matches) == 0:
+        return False
     spread = matches.rays0 - matches.rays0.mean(axis=1, keepdims=True)
-    return len(matches) > 0 and bool(lengths(spread).max() < _NARROW)
+    return bool(lengths(spread).max() < _NARROW)
 
 
 def _mirrored(matches: Matches, motion: Motion) -> Motion:
