@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.weights import REGISTRY, Hub, hash_in_use
+from kpmatch_ros.weights import REGISTRY, Hub, Weights, hash_in_use
 
-__all__ = ["changeable_weights", "files_read", "named_files", "overwritten"]
+__all__ = ["changeable_weights", "files_read", "named_files", "overwritten", "registered_weights"]
 
 _OF_WEIGHTS = ("extractor", "matcher")  # parameters that hold a registered name or a file
 _OF_FILES = (*_OF_WEIGHTS, "mask", "mask_right")  # parameters that may hold a file
@@ -41,10 +41,15 @@ def files_read(parameters: Parameters) -> list[Path]:
     return [file for path in named for file in ([path / name for name in _IN_WEIGHTS] if path.is_dir() else [path])]
 
 
+def registered_weights(parameters: Parameters) -> list[Weights]:
+    """Return the registered weights that the parameters name."""
+    return [REGISTRY[name] for name in (parameters.extractor, parameters.matcher) if name in REGISTRY]
+
+
 def changeable_weights(parameters: Parameters) -> dict[str, str]:
     """Return the hashes of the registered weights that the parameters name, if their owner may replace the file."""
-    registered = (REGISTRY[name] for name in (parameters.extractor, parameters.matcher) if name in REGISTRY)
-    return {f"content of {item.name}": hash_in_use(item) for item in registered if isinstance(item.source, Hub)}
+    changeable = (item for item in registered_weights(parameters) if isinstance(item.source, Hub))
+    return {f"content of {item.name}": hash_in_use(item) for item in changeable}
 
 
 def overwritten(place: Path, sources: Iterable[Path]) -> Path | None:

@@ -14,8 +14,8 @@ from kpmatch_ros.encodable import encodable
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.runtime.device import format_name
-from kpmatch_ros.source_files import files_read
-from kpmatch_ros.weights import REGISTRY, file_hash, hash_in_use
+from kpmatch_ros.source_files import files_read, registered_weights
+from kpmatch_ros.weights import file_hash, hash_in_use
 
 __all__ = ["origin"]
 
@@ -31,8 +31,7 @@ def origin(
         parameters: all parameters of the replay.
         matcher: the networks, for their device and precision.
     """
-    registered = (REGISTRY[name] for name in (parameters.extractor, parameters.matcher) if name in REGISTRY)
-    hashes = {item.name: hash_in_use(item) for item in registered}
+    hashes = {item.name: hash_in_use(item) for item in registered_weights(parameters)}
     hashes |= {encodable(str(file)): file_hash(file) for file in files_read(parameters) if file.is_file()}
     return {
         "made by": f"kpmatch_ros {kpmatch_ros.__version__}",
